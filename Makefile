@@ -1,0 +1,38 @@
+# make setup | demo | test | lint | tiny-r1      (each sets up what is missing first)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PORT ?= 8000
+
+# Explicit everywhere: unset, Ray would turn token authentication on and write a token into the home directory.
+export RAY_AUTH_MODE ?= disabled
+
+.PHONY: setup demo test lint tiny-r1 clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Moray needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --config-settings editable_mode=strict
+	touch $@
+
+# Starts Ray + Serve, asks one question, prints the thinking and the answer; ONCE=1 stops after it.
+demo: setup
+	$(BIN)/python -m moray.cluster.demo --port $(PORT) $(if $(ONCE),--once)
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p moray
+
+# Trains the embedded model again: about an hour on two CPU cores.
+tiny-r1: setup
+	$(BIN)/python -m moray.model.tiny_r1.training.train --out build/tiny-r1
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,168 @@
+"""ExpertHost: holds routed experts in slots and runs them for any router that links to it. It has no other state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..configs.errors import LinkError
+from ..kernels.experts import MlpWeights, grouped_mlp
+from ..model.checkpoint import Checkpoint
+from ..model.config import ModelConfig
+from ..model.loading import load_experts
+from ..model.progress import Progress
+from ..model.reader import BytesRead
+from ..model.weights import mlp_weights
+from .deadline import Deadline
+from .links import Frame, InlineLink, Link, LinkAddress, LinkKind, Listener, listen
+from .moe_frames import Kind, MoeHeader
+
+logger = logging.getLogger("moray.expert_host")
+
+_IDLE_POLL_S = 1.0
+_REPLY_TIMEOUT_S = 10.0
+"""A router that does not take a reply for this long is treated as gone: its own step waits for it with nothing else to do."""
+
+
+class ExpertHost:
+    """Serves the experts in its slots over links; several routers at once, one thread each, one computation at a time.
+
+    Args:
+        host_id: unique in the cluster, e.g. `expert-host-0`.
+        dtype: compute dtype; FP8 and BF16 weights are decoded to it when they are loaded.
+    """
+
+    def __init__(self, host_id: str, *, dtype: torch.dtype) -> None:
+        self.host_id = host_id
+        self._dtype = dtype
+        self._slots: dict[int, dict[int, MlpWeights]] = {}
+        self._epochs: tuple[int, ...] = ()
+        self._compute = threading.Lock()
+        self._stopping = threading.Event()
+        self._listeners: list[Listener] = []
+        self._links: set[Link] = set()
+        self._links_lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def load(
+        self, checkpoint: Path, slots: Sequence[Sequence[int]], *, epoch: int, progress: Progress | None = None
+    ) -> BytesRead:
+        """Read exactly the experts in `slots` (for each layer with routed experts, the expert in each slot).
+
+        Raises:
+            CheckpointError: a tensor is missing, damaged or holds NaN.
+        """
+        config = ModelConfig.load(checkpoint)
+        layers = config.moe_layers
+        assert len(slots) == len(layers), (len(slots), len(layers))
+        wanted = [(layer, expert) for layer, held in zip(layers, slots, strict=True) for expert in held]
+        experts, bytes_read = load_experts(Checkpoint.open(checkpoint), config, wanted, progress=progress)
+        decoded = {key: mlp_weights(weights, self._dtype) for key, weights in experts.items()}
+        self._slots = {
+            layer: {slot: decoded[layer, expert] for slot, expert in enumerate(held)}
+            for layer, held in zip(layers, slots, strict=True)
+        }
+        self._epochs = (*self._epochs[-1:], epoch)
+        return bytes_read
+
+    def listen(self, kind: LinkKind, *, bind_host: str, secret: bytes) -> LinkAddress:
+        """Accept routers on a new listener and return its address."""
+        listener = listen(kind, bind_host=bind_host, secret=secret, identity=self.host_id)
+        self._listeners.append(listener)
+        self._start(self._accept, listener)
+        return listener.address
+
+    def attach(self, link: Link) -> None:
+        """Serve a link made elsewhere (local mode, tests) in a thread of its own."""
+        with self._links_lock:
+            self._links.add(link)
+        self._start(self._serve, link)
+
+    def inline_link(self, router: str) -> InlineLink:
+        """The router's end of a new link within this process; its waits run this host's work in the router's thread."""
+        router_end, host_end = InlineLink.pair(router, self.host_id)
+
+        def answer() -> None:
+            header, tensors = self.handle(host_end.recv(deadline=Deadline.after(_REPLY_TIMEOUT_S)))
+            host_end.send(header, tensors, deadline=Deadline.after(_REPLY_TIMEOUT_S))
+
+        host_end.drive(answer)
+        with self._links_lock:
+            self._links.add(host_end)
+        return router_end
+
+    def handle(self, frame: Frame) -> tuple[bytes, list[torch.Tensor]]:
+        """The reply to one request frame: header and tensors. What the request did wrong is answered, not raised."""
+        header = MoeHeader.unpack(frame.header)
+        try:
+            outputs = self._run(header, frame.tensors)
+        except (ValueError, RuntimeError, KeyError, IndexError) as error:
+            # The router must hear of it whatever went wrong, and the other routers must not suffer.
+            logger.exception("%s: layer %d failed", self.host_id, header.layer)
+            reason = f"{self.host_id}: layer {header.layer}: {type(error).__name__}: {error}"
+            return MoeHeader(Kind.FAILED, header.layer, header.epoch, header.sequence, reason).pack(), []
+        return MoeHeader(Kind.DONE, header.layer, header.epoch, header.sequence).pack(), [outputs]
+
+    def _run(self, header: MoeHeader, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if header.kind is not Kind.WORK or len(tensors) != 2:
+            raise ValueError(f"expected WORK with 2 tensors, got {header.kind.name} with {len(tensors)}")
+        if header.epoch not in self._epochs:
+            raise ValueError(f"placement epoch {header.epoch} is not served here; {list(self._epochs)} are")
+        hidden_states, pairs = tensors
+        with self._compute, torch.inference_mode():
+            return grouped_mlp(hidden_states, pairs[0], pairs[1], self._slots[header.layer])
+
+    def stop(self) -> None:
+        """Stop listening, drop every link and wait for the threads. Idempotent."""
+        self._stopping.set()
+        for listener in self._listeners:
+            listener.close()
+        with self._links_lock:
+            links = list(self._links)
+        for link in links:
+            link.abort()
+        deadline = Deadline.after(5.0)
+        for thread in self._threads:
+            thread.join(deadline.remaining())
+            if thread.is_alive():
+                logger.error("%s: thread %s did not stop", self.host_id, thread.name)
+
+    @property
+    def pid(self) -> int:
+        """Process this host lives in."""
+        return os.getpid()
+
+    def _start(self, target: object, argument: object) -> None:
+        assert callable(target)
+        thread = threading.Thread(
+            target=target, args=(argument,), name=f"{self.host_id}-{len(self._threads)}", daemon=True
+        )
+        self._threads = [t for t in self._threads if t.is_alive()]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener: Listener) -> None:
+        while not self._stopping.is_set():
+            link = listener.accept(deadline=Deadline.after(_IDLE_POLL_S))
+            if link is not None:
+                logger.info("%s: linked to %s over %s", self.host_id, link.peer, link.kind)
+                self.attach(link)
+
+    def _serve(self, link: Link) -> None:
+        try:
+            while not self._stopping.is_set():
+                if link.wait(deadline=Deadline.after(_IDLE_POLL_S)):
+                    header, tensors = self.handle(link.recv(deadline=Deadline.after(_REPLY_TIMEOUT_S)))
+                    link.send(header, tensors, deadline=Deadline.after(_REPLY_TIMEOUT_S))
+        except LinkError as error:
+            if not self._stopping.is_set():
+                logger.info("%s: %s", self.host_id, error)
+        finally:
+            with self._links_lock:
+                self._links.discard(link)
+            link.close()

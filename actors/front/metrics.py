@@ -1,0 +1,175 @@
+"""Prometheus metrics of one front, and the routers' counters as seen from it.
+
+Each app has a registry of its own, so that several can live in one process. Series carry the label `front`: behind a
+load balancer each scrape reaches one replica, and without it their counters would mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from ..messages import ClusterStatus, RouterStats
+from .health import is_healthy
+
+_TTFT_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120, 300)
+_ITL_BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 15)
+_DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+"""Seconds. Chosen around R1's decode steps of 20 to 100 ms and answers of some thousand tokens."""
+
+_COUNTERS = {
+    "steps": "Steps the router has run.",
+    "prompt_tokens": "Prompt tokens the router has computed or found cached.",
+    "generated_tokens": "Tokens the router has generated.",
+    "preemptions": "Requests that had to give up their pages and start over.",
+    "requests_finished": "Requests that ended by themselves.",
+    "requests_cancelled": "Requests their clients gave up.",
+    "requests_failed": "Requests that ended with an error.",
+}
+
+_GAUGES = {
+    "running": "Requests in the router's batch.",
+    "waiting": "Requests in the router's queue.",
+    "pages_total": "KV pages of the router.",
+    "pages_free": "KV pages that hold nothing.",
+    "pages_cached": "KV pages that hold prefixes no running request uses.",
+    "pages_in_use": "KV pages of running requests.",
+    "unreachable_experts": "(layer, expert) pairs the router cannot reach.",
+}
+
+
+class FrontMetrics:
+    """The counters of one front."""
+
+    def __init__(self, front_id: str) -> None:
+        self.registry = CollectorRegistry()
+        self._front = front_id
+
+        def label(*names: str) -> tuple[str, ...]:
+            return ("front", *names)
+
+        self._requests = Counter(
+            "moray_http_requests",
+            "Answered HTTP requests; 499 where the client hung up first.",
+            label("endpoint", "status"),
+            registry=self.registry,
+        )
+        self._in_flight = Gauge(
+            "moray_http_requests_in_flight", "HTTP requests being answered.", label("endpoint"), registry=self.registry
+        )
+        self._duration = Histogram(
+            "moray_http_request_duration_seconds",
+            "From a request's first byte to its answer's last.",
+            label("endpoint"),
+            buckets=_DURATION_BUCKETS,
+            registry=self.registry,
+        )
+        generations = Counter(
+            "moray_generations",
+            "Prompts by how their generation ended: stop, length, cancelled or error.",
+            label("reason"),
+            registry=self.registry,
+        )
+        # Bound to their labels here: they begin at 0, and counting a token costs no lookup.
+        self._generations = {
+            reason: generations.labels(front_id, reason) for reason in ("stop", "length", "cancelled", "error")
+        }
+        self._prompt_tokens = Counter(
+            "moray_prompt_tokens", "Tokens of prompts that ended.", label(), registry=self.registry
+        ).labels(front_id)
+        self._completion_tokens = Counter(
+            "moray_completion_tokens", "Tokens generated for clients.", label(), registry=self.registry
+        ).labels(front_id)
+        self._ttft = Histogram(
+            "moray_time_to_first_token_seconds",
+            "From handing a prompt to the engine to its first token.",
+            label(),
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        ).labels(front_id)
+        self._itl = Histogram(
+            "moray_inter_token_latency_seconds",
+            "Between a token and the one before it.",
+            label(),
+            buckets=_ITL_BUCKETS,
+            registry=self.registry,
+        ).labels(front_id)
+
+    def on_request_start(self, endpoint: str) -> None:
+        """A request arrived."""
+        self._in_flight.labels(self._front, endpoint).inc()
+
+    def on_request_end(self, endpoint: str, status: int, duration_s: float) -> None:
+        """A request was answered, or its client is gone."""
+        self._in_flight.labels(self._front, endpoint).dec()
+        self._requests.labels(self._front, endpoint, str(status)).inc()
+        self._duration.labels(self._front, endpoint).observe(duration_s)
+
+    def on_tokens(self, count: int, *, waited_s: float, first: bool) -> None:
+        """See `TokenObserver`. Tokens that came together share the wait."""
+        self._completion_tokens.inc(count)
+        if first:
+            self._ttft.observe(waited_s)
+            return
+        for _ in range(count):
+            self._itl.observe(waited_s / count)
+
+    def on_end(self, reason: str, *, prompt_tokens: int) -> None:
+        """See `TokenObserver`."""
+        self._generations[reason].inc()
+        self._prompt_tokens.inc(prompt_tokens)
+
+    def exposition(self, status: ClusterStatus | None) -> bytes:
+        """Everything in Prometheus' text format; `status` None means the cluster's state is not known now."""
+        cluster = CollectorRegistry()
+        cluster.register(_ClusterCollector(status))
+        return generate_latest(self.registry) + generate_latest(cluster)
+
+
+@dataclass(frozen=True, eq=False)
+class _ClusterCollector(Collector):
+    """The cluster's state at one scrape. Router series have no `front` label: every front reports the same ones."""
+
+    status: ClusterStatus | None
+
+    def collect(self) -> Iterator[Metric]:
+        status = self.status
+        yield GaugeMetricFamily(
+            "moray_cluster_healthy", "1 while every expert is reachable.", value=float(is_healthy(status))
+        )
+        if status is None:
+            return
+        health = GaugeMetricFamily("moray_cluster_health", "1 for the cluster's present health.", labels=["health"])
+        health.add_metric([status.health], 1)
+        yield health
+        yield GaugeMetricFamily("moray_placement_epoch", "Epoch of the placement table.", value=status.epoch)
+        processes = GaugeMetricFamily("moray_processes", "Processes by role and state.", labels=["role", "state"])
+        counts: dict[tuple[str, str], int] = {}
+        for process in status.processes:
+            counts[process.role, process.state] = counts.get((process.role, process.state), 0) + 1
+        for (role, state), count in sorted(counts.items()):
+            processes.add_metric([role, state], count)
+        yield processes
+        yield from self._router_families(status.routers)
+
+    def _router_families(self, routers: list[RouterStats]) -> Iterator[Metric]:
+        families: list[tuple[str, CounterMetricFamily | GaugeMetricFamily]] = [
+            (name, CounterMetricFamily(f"moray_router_{name}", text, labels=["router"]))
+            for name, text in _COUNTERS.items()
+        ]
+        families += [
+            (name, GaugeMetricFamily(f"moray_router_{name}", text, labels=["router"])) for name, text in _GAUGES.items()
+        ]
+        for name, family in families:
+            for router in routers:
+                family.add_metric([router.router_id], getattr(router, name))
+            yield family
+        broken = GaugeMetricFamily("moray_router_broken_links", "Links that do not work now.", labels=["router"])
+        for router in routers:
+            broken.add_metric([router.router_id], len(router.broken_links))
+        yield broken

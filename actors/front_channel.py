@@ -1,0 +1,106 @@
+"""Messages between a front and a router over a socket: msgpack, length first. Nothing from the network is unpickled.
+
+front -> router   generate id prompt sampling | cancel id | stats n
+router -> front   outputs [...]  once a step  | refused id kind message ... | stats n {...}
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from dataclasses import asdict, astuple
+from typing import Any, Final
+
+import msgpack
+
+from ..configs.errors import ContextTooLongError, ExpertsUnavailableError, MorayError, QueueFullError, RequestError
+from ..model.sampling import SamplingParams
+from .messages import GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
+
+CHANNEL: Final = "front"
+"""Name of this channel in the handshake."""
+
+LENGTH = struct.Struct("<I")
+MAX_MESSAGE_BYTES: Final = 64 << 20
+"""A prompt of R1's whole context is 0.7 MB; whatever claims to be longer than this is not one of ours."""
+
+
+def encode(message: list[Any]) -> bytes:
+    """One message with its length."""
+    body: bytes = msgpack.packb(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes) -> list[Any]:
+    """One message without its length.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    message = msgpack.unpackb(body)
+    if not isinstance(message, list) or not message or not isinstance(message[0], str):
+        raise ValueError("not a message: must be a list that begins with its kind")
+    return message
+
+
+def generate_message(request: GenerateRequest) -> list[Any]:
+    """A request as a message."""
+    return [
+        "generate",
+        request.request_id,
+        array("i", request.prompt_token_ids).tobytes(),
+        list(astuple(request.sampling)),
+    ]
+
+
+def request_from(message: list[Any]) -> GenerateRequest:
+    """The request in a generate message."""
+    _, request_id, prompt, sampling = message
+    params = SamplingParams(*sampling[:-1], tuple(sampling[-1]))
+    return GenerateRequest(request_id, array("i", prompt).tolist(), params)
+
+
+def outputs_message(outputs: list[TokenOutput]) -> list[Any]:
+    """A step's outputs as a message."""
+    rows = []
+    for output in outputs:
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = [[entry.logprob, entry.top_ids, entry.top_logprobs] for entry in output.logprobs]
+        rows.append([output.request_id, output.token_ids, logprobs, output.finish_reason, output.error])
+    return ["outputs", rows]
+
+
+def outputs_from(message: list[Any]) -> list[TokenOutput]:
+    """The outputs in an outputs message."""
+    return [
+        TokenOutput(
+            request_id, token_ids, None if logprobs is None else [TokenLogprobs(*e) for e in logprobs], reason, error
+        )
+        for request_id, token_ids, logprobs, reason, error in message[1]
+    ]
+
+
+def refusal_message(request_id: str, error: MorayError) -> list[Any]:
+    """Why a request was not taken."""
+    retry = error.retry_after_s if isinstance(error, QueueFullError) else None
+    param = error.param if isinstance(error, RequestError) else None
+    code = error.code if isinstance(error, RequestError) else None
+    return ["refused", request_id, type(error).__name__, str(error), param, code, retry]
+
+
+def refusal_from(message: list[Any]) -> MorayError:
+    """The error to raise for a refused message."""
+    _, _, kind, text, param, code, retry = message
+    if kind == QueueFullError.__name__:
+        return QueueFullError(text, retry_after_s=retry)
+    if kind == ContextTooLongError.__name__:
+        return ContextTooLongError(text, param=param)
+    if kind == RequestError.__name__:
+        return RequestError(text, param=param, code=code)
+    return ExpertsUnavailableError(text)
+
+
+def stats_message(number: int, stats: RouterStats) -> list[Any]:
+    """A router's counters, in answer to stats request `number`."""
+    return ["stats", number, asdict(stats)]

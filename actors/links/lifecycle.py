@@ -1,0 +1,142 @@
+"""What all links have in common: breaking for good, and being closed by another thread while in use.
+
+Who may touch what: the operating thread holds `_busy` for the length of a send, recv, wait or check. `close` and
+`abort` never wait for it: they mark the link and call `_shut`, which wakes the operation; resources are released by
+whichever of the two comes last, so that no file descriptor is closed under a wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ...configs.errors import LinkError, PeerDiedError
+from ..deadline import Deadline
+from .base import Frame, Link, LinkKind
+from .wire import Payload, check_header, plan_payload
+
+
+class GuardedLink(Link):
+    """A `Link` whose subclasses only move frames: `_send`, `_recv`, `_wait`, `_check`, `_shut`, `_release`."""
+
+    def __init__(self, kind: LinkKind, peer: str) -> None:
+        self.kind = kind
+        self.peer = peer
+        self._busy = threading.Lock()
+        self._closing = False
+        self._released = False
+        self._broken: LinkError | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closing else "broken" if self._broken else "open"
+        return f"<{type(self).__name__} {self.kind} to {self.peer}, {state}>"
+
+    def send(self, header: bytes, tensors: Sequence[torch.Tensor], *, deadline: Deadline) -> None:
+        """See `Link.send`. A frame outside the format's limits is a `ValueError` and leaves the link as it was."""
+        check_header(header)
+        payload = plan_payload(tensors)
+        with self._operation():
+            self._send(header, tensors, payload, deadline)
+
+    def recv(self, *, deadline: Deadline) -> Frame:
+        """See `Link.recv`."""
+        with self._operation():
+            return self._recv(deadline)
+
+    def wait(self, *, deadline: Deadline) -> bool:
+        """See `Link.wait`."""
+        with self._operation():
+            return self._wait(deadline)
+
+    def check(self) -> None:
+        """See `Link.check`."""
+        with self._operation():
+            self._check()
+
+    def close(self) -> None:
+        """See `Link.close`."""
+        self._closing = True
+        self._shut()
+        self._release_if_idle()
+
+    @abstractmethod
+    def _send(self, header: bytes, tensors: Sequence[torch.Tensor], payload: Payload, deadline: Deadline, /) -> None:
+        """Send one checked frame."""
+
+    @abstractmethod
+    def _recv(self, deadline: Deadline) -> Frame:
+        """Receive one frame."""
+
+    @abstractmethod
+    def _wait(self, deadline: Deadline) -> bool:
+        """Whether a frame began to arrive before the deadline."""
+
+    @abstractmethod
+    def _check(self) -> None:
+        """Raise if the peer is known to be gone."""
+
+    @abstractmethod
+    def _shut(self) -> None:
+        """Make the peer see this end as gone and wake an operation in progress. Any thread, any number of times."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Free what the link holds. Called once, after `_shut`, with no operation in progress."""
+
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                f"link to {self.peer} is in use by another thread: an end belongs to one thread at a time"
+            )
+        try:
+            if self._closing:
+                raise self._closed_error()
+            if self._broken is not None:
+                raise type(self._broken)(self.peer, f"is broken; {self._reason(self._broken)}")
+            try:
+                yield
+            except LinkError as error:
+                if self._closing:  # the wait ended because of our own close, whatever it looked like from inside
+                    raise self._closed_error() from error
+                self._break(error)
+                raise
+            except OSError as error:
+                if self._closing:
+                    raise self._closed_error() from error
+                died = PeerDiedError(self.peer, f"connection lost ({error.strerror or error})")
+                self._break(died)
+                raise died from error
+            except BaseException as error:
+                # Interrupted half-way (KeyboardInterrupt, out of memory): the two ends no longer agree on where they
+                # are.
+                self._break(LinkError(self.peer, f"an operation was interrupted by {type(error).__name__}"))
+                raise
+        finally:
+            self._busy.release()
+            if self._closing:
+                self._release_if_idle()
+
+    def _break(self, error: LinkError) -> None:
+        self._broken = error
+        self._shut()
+
+    def _closed_error(self) -> LinkError:
+        return LinkError(self.peer, "was closed on this side")
+
+    def _reason(self, error: LinkError) -> str:
+        return str(error).removeprefix(f"link to {self.peer}: ")
+
+    def _release_if_idle(self) -> None:
+        # When the lock is taken, its holder comes through here after letting go: `_closing` is already set.
+        if self._busy.acquire(blocking=False):
+            try:
+                if not self._released:
+                    self._released = True
+                    self._release()
+            finally:
+                self._busy.release()

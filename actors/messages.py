@@ -1,0 +1,110 @@
+"""What travels between a front and a router: plain data, one message per engine step and front.
+
+Frames between routers and expert hosts have their own small header in `moe_frames.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..model.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt to be continued.
+
+    Attributes:
+        request_id: unique among the requests in flight.
+        prompt_token_ids: the whole prompt, special tokens included; at least one.
+        sampling: how tokens are chosen and when generation ends.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one position, of the model's own distribution (before temperature and filters)."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step produced for one request.
+
+    Attributes:
+        token_ids: the new tokens, in order; empty in a message that only ends the request.
+        logprobs: one entry per new token if the request asked for them, else None.
+        finish_reason: None while the request goes on; set exactly once, in its last output.
+        error: what went wrong, for `finish_reason == "error"`.
+    """
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStats:
+    """One router's counters and gauges, as `/metrics` and `moray status` report them. Counters only ever grow.
+
+    Attributes:
+        pages_*: KV pages; free + cached + in use == total at all times.
+        unreachable_experts: (layer, expert) pairs with no reachable replica; 0 when healthy.
+    """
+
+    router_id: str
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_in_use: int = 0
+    page_size: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    requests_finished: int = 0
+    requests_cancelled: int = 0
+    requests_failed: int = 0
+    unreachable_experts: int = 0
+    broken_links: list[str] = field(default_factory=list)
+
+
+Health = Literal["starting", "ok", "degraded", "unavailable"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """One expert host or router, as `moray status` lists it."""
+
+    id: str
+    role: Literal["expert_host", "router"]
+    pid: int
+    node: str
+    state: Literal["starting", "ready", "dead"]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """The cluster at one moment: the placement table's epoch, its health and its processes."""
+
+    model: str
+    epoch: int
+    health: Health
+    reason: str
+    processes: list[ProcessStatus]
+    routers: list[RouterStats]

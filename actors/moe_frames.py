@@ -1,0 +1,56 @@
+"""The frames a router and an expert host exchange: one request and one reply for each layer and host of a step.
+
+    request  WORK   tensors: hidden_states [T, H]   each token once, however many of its experts are on the host
+                             pairs [2, P] int32     row 0: token of each pair, row 1: its slot, ascending
+    reply    DONE   tensors: outputs [P, H]         in the order of the pairs
+             FAILED header ends in the reason as UTF-8
+
+The header carries the placement epoch the router works with and a sequence number that the reply repeats, so that a late
+answer can never be taken for another one.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from .links.base import MAX_HEADER_BYTES
+
+_HEADER = struct.Struct("<BxHIQ")
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    WORK = 1
+    DONE = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class MoeHeader:
+    """Header of every frame; `reason` is empty but for FAILED."""
+
+    kind: Kind
+    layer: int
+    epoch: int
+    sequence: int
+    reason: str = ""
+
+    def pack(self) -> bytes:
+        """As bytes; an over-long reason is cut."""
+        reason = self.reason.encode()[: MAX_HEADER_BYTES - _HEADER.size]
+        return _HEADER.pack(self.kind, self.layer, self.epoch, self.sequence) + reason
+
+    @classmethod
+    def unpack(cls, data: bytes) -> MoeHeader:
+        """The header in `data`.
+
+        Raises:
+            ValueError: the bytes are not a header.
+        """
+        if len(data) < _HEADER.size:
+            raise ValueError(f"{len(data)} bytes are too few for an expert header of {_HEADER.size}")
+        kind, layer, epoch, sequence = _HEADER.unpack_from(data)
+        return cls(Kind(kind), layer, epoch, sequence, data[_HEADER.size :].decode(errors="replace"))

@@ -1,0 +1,348 @@
+"""Router: takes requests, runs steps of the model over all of them, and hands out what each step produced."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..configs.errors import ContextTooLongError, ExpertsUnavailableError, QueueFullError, RequestError
+from ..kernels.mla import Segment
+from ..kernels.sampling import RowSampling, sample
+from ..model.config import ModelConfig
+from ..model.pages import PagePool
+from ..model.transformer import ForwardBatch, Transformer
+from ..model.weights import RouterWeights
+from .expert_dispatch import ExpertDispatch
+from .links.base import Link
+from .messages import FinishReason, GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
+from .scheduler import Chunk, Scheduler, Sequence
+
+logger = logging.getLogger("moray.router")
+
+Sink = Callable[[list[TokenOutput]], None]
+"""Where a front's outputs go: called once a step with everything the step produced for that front."""
+
+_IDLE_CHECK_S = 0.2
+"""How often an idle router looks whether its expert hosts still live."""
+
+_RETRY_PAUSE_S = 0.02
+"""Pause between attempts at a step while experts are missing: far below what a restore takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """Limits of one router.
+
+    Attributes:
+        page_size: positions a KV page; pages: how many there are.
+        max_context: longest prompt plus answer, in tokens.
+        token_budget: most tokens a step; max_running: most sequences a step; max_waiting: most requests in the queue.
+        restore_timeout_s: how long a step waits for missing experts before its requests fail.
+    """
+
+    page_size: int
+    pages: int
+    max_context: int
+    token_budget: int
+    max_running: int
+    max_waiting: int
+    restore_timeout_s: float
+
+
+class Router:
+    """Holds attention, gate, shared experts and KV cache; sends tokens to expert hosts through `dispatch`.
+
+    Requests come from any thread through `submit` and `cancel`; steps run in one: `start`'s thread, or the caller of
+    `step` in local mode. Every request ends exactly once, with a `finish_reason` given to its sink.
+    """
+
+    def __init__(
+        self,
+        router_id: str,
+        config: ModelConfig,
+        weights: RouterWeights,
+        dispatch: ExpertDispatch,
+        settings: RouterSettings,
+    ) -> None:
+        self.router_id = router_id
+        self.config = config
+        self.settings = settings
+        self.dispatch = dispatch
+        self.pool = PagePool(settings.pages, settings.page_size)
+        self.scheduler = Scheduler(self.pool, token_budget=settings.token_budget, max_running=settings.max_running)
+        self.model = Transformer(
+            config,
+            weights,
+            dispatch,
+            pages=settings.pages,
+            page_size=settings.page_size,
+            max_context=settings.max_context,
+        )
+        self._sequences: dict[str, tuple[Sequence, Sink]] = {}
+        self._inbox: deque[tuple[GenerateRequest, Sink] | str] = deque()
+        self._new_links: deque[tuple[str, Link]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._counts = {"steps": 0, "prompt": 0, "generated": 0, "finished": 0, "cancelled": 0, "failed": 0}
+        self._waiting_hint = 0
+        self._missing_since: float | None = None
+
+    # ---- called from any thread -------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        """Queue a request; its outputs go to `sink`, from the router's thread.
+
+        Raises:
+            QueueFullError, ContextTooLongError, RequestError: it cannot be taken; nothing will reach the sink.
+        """
+        self._validate(request)
+        with self._wake:
+            waiting = self._queued()
+            if waiting >= self.settings.max_waiting:
+                raise QueueFullError(
+                    f"{waiting} requests are waiting already, the limit is {self.settings.max_waiting}",
+                    retry_after_s=max(1.0, waiting / self.settings.max_running),
+                )
+            self._inbox.append((request, sink))
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early and free its pages; unknown and finished ones are left alone."""
+        with self._wake:
+            self._inbox.append(request_id)
+            self._wake.notify()
+
+    def set_link(self, host: str, link: Link) -> None:
+        """Use `link` for `host` from the next step on."""
+        with self._wake:
+            self._new_links.append((host, link))
+            self._wake.notify()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request has not ended yet."""
+        with self._wake:
+            return bool(self._sequences or self._inbox)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `submit` would take a request now."""
+        with self._wake:
+            return self._queued() < self.settings.max_waiting
+
+    def _queued(self) -> int:
+        return self._waiting_hint + sum(not isinstance(item, str) for item in self._inbox)
+
+    def stats(self) -> RouterStats:
+        """Counters and gauges now."""
+        counts = dict(self._counts)
+        return RouterStats(
+            router_id=self.router_id,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting) + sum(not isinstance(item, str) for item in list(self._inbox)),
+            pages_total=self.pool.total,
+            pages_free=self.pool.free,
+            pages_cached=self.pool.cached,
+            pages_in_use=self.pool.in_use,
+            page_size=self.pool.page_size,
+            steps=counts["steps"],
+            prompt_tokens=counts["prompt"],
+            generated_tokens=counts["generated"],
+            preemptions=self.scheduler.preemptions,
+            requests_finished=counts["finished"],
+            requests_cancelled=counts["cancelled"],
+            requests_failed=counts["failed"],
+            unreachable_experts=len(self.dispatch.unreachable),
+            broken_links=list(self.dispatch.broken.values()),
+        )
+
+    def start(self) -> None:
+        """Run steps in a thread of the router's own until `stop`."""
+        assert self._thread is None, "already started"
+        self._thread = threading.Thread(target=self._loop, name=self.router_id, daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Fail what is still running, close the links, end the thread. Idempotent."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                logger.error("%s: did not stop within %.0f s", self.router_id, timeout_s)
+        else:
+            self._end_all("the router is shutting down")
+        self.dispatch.close()
+
+    # ---- the router's own thread ------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Take in what has arrived and run one step; False if there was nothing to run."""
+        self._take_in()
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return False
+        try:
+            logits = self.model.forward(_forward_batch(chunks))
+        except ExpertsUnavailableError as error:
+            self._experts_missing(error)
+            return True
+        self._missing_since = None
+        self._postprocess(chunks, logits)
+        return True
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                if not self.step():
+                    self.dispatch.check()
+                    with self._wake:
+                        if not self._inbox and not self._new_links and not self._stopping:
+                            self._wake.wait(_IDLE_CHECK_S)
+        except Exception as error:
+            # Whatever broke, the requests must hear of it; the process is of no use any more.
+            logger.exception("%s: the step loop failed", self.router_id)
+            self._end_all(f"{self.router_id} failed: {type(error).__name__}: {error}")
+            raise
+        self._end_all("the router is shutting down")
+
+    def _take_in(self) -> None:
+        with self._wake:
+            items, links = list(self._inbox), list(self._new_links)
+            self._inbox.clear()
+            self._new_links.clear()
+        for host, link in links:
+            self.dispatch.set_link(host, link)
+        for item in items:
+            if isinstance(item, str):
+                self._finish(item, "cancelled")
+            else:
+                request, sink = item
+                self._sequences[request.request_id] = (self.scheduler.add(request), sink)
+        self._waiting_hint = len(self.scheduler.waiting)
+
+    def _postprocess(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        tokens = iter(sample(logits, [_row_sampling(s) for s in sampling])) if sampling else iter(())
+        logprobs = iter(_logprobs(logits, sampling))
+        outputs: dict[Sink, list[TokenOutput]] = {}
+        for chunk in chunks:
+            sequence = chunk.sequence
+            request = sequence.request
+            prompt_left = len(request.prompt_token_ids) - chunk.start
+            self._counts["prompt"] += max(0, min(chunk.length, prompt_left))
+            token = next(tokens) if chunk.samples else None
+            self.scheduler.advance(chunk, token)
+            if token is None:
+                continue
+            self._counts["generated"] += 1
+            describe = next(logprobs)
+            reason = _finish_reason(sequence, token, self.settings.max_context)
+            _, sink = self._sequences[request.request_id]
+            outputs.setdefault(sink, []).append(
+                TokenOutput(
+                    request.request_id,
+                    [token],
+                    None if describe is None else [describe(token)],
+                    reason,
+                )
+            )
+            if reason is not None:
+                self._counts["finished"] += 1
+                del self._sequences[request.request_id]
+                self.scheduler.remove(sequence)
+        self._counts["steps"] += 1
+        self._waiting_hint = len(self.scheduler.waiting)
+        for sink, batch in outputs.items():
+            sink(batch)
+
+    def _experts_missing(self, error: ExpertsUnavailableError) -> None:
+        """Keep the step for another try while the experts may come back; fail its requests when that takes too long."""
+        now = time.monotonic()
+        if self._missing_since is None:
+            self._missing_since = now
+            logger.warning("%s: waiting for experts: %s", self.router_id, error)
+        if now - self._missing_since > self.settings.restore_timeout_s:
+            self._end_all(f"{error} (waited {self.settings.restore_timeout_s:.0f} s for them to be restored)")
+            self._missing_since = None
+        elif self.dispatch.unreachable:
+            with self._wake:
+                if not self._new_links:
+                    self._wake.wait(_RETRY_PAUSE_S)
+
+    def _finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        entry = self._sequences.pop(request_id, None)
+        if entry is None:
+            return
+        sequence, sink = entry
+        self.scheduler.remove(sequence)
+        self._counts["cancelled" if reason == "cancelled" else "failed"] += 1
+        sink([TokenOutput(request_id, finish_reason=reason, error=error)])
+
+    def _end_all(self, error: str) -> None:
+        self._take_in()
+        for request_id in list(self._sequences):
+            self._finish(request_id, "error", error)
+
+    def _validate(self, request: GenerateRequest) -> None:
+        prompt, wanted = len(request.prompt_token_ids), request.sampling.max_tokens
+        if not prompt:
+            raise RequestError("the prompt has no tokens", param="prompt")
+        bad = next((t for t in request.prompt_token_ids if not 0 <= t < self.config.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}", param="prompt")
+        if wanted < 1:
+            raise RequestError(f"max_tokens is {wanted}, must be at least 1", param="max_tokens")
+        if prompt + wanted > self.settings.max_context:
+            raise ContextTooLongError(
+                f"{prompt} prompt tokens and max_tokens = {wanted} need {prompt + wanted}, "
+                f"the context is {self.settings.max_context} tokens",
+                param="max_tokens",
+            )
+
+
+def _forward_batch(chunks: list[Chunk]) -> ForwardBatch:
+    token_ids: list[int] = []
+    segments, sample_rows = [], []
+    for chunk in chunks:
+        segments.append(Segment(len(token_ids), chunk.length, chunk.start, chunk.sequence.pages))
+        token_ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.length]
+        if chunk.samples:
+            sample_rows.append(len(token_ids) - 1)
+    return ForwardBatch(token_ids, segments, sample_rows)
+
+
+def _row_sampling(sequence: Sequence) -> RowSampling:
+    s = sequence.request.sampling
+    return RowSampling(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, len(sequence.tokens))
+
+
+def _finish_reason(sequence: Sequence, token: int, max_context: int) -> FinishReason | None:
+    sampling = sequence.request.sampling
+    if token in sampling.stop_token_ids:
+        return "stop"
+    if sequence.generated >= sampling.max_tokens or len(sequence.tokens) >= max_context:
+        return "length"
+    return None
+
+
+def _logprobs(logits: torch.Tensor, sequences: list[Sequence]) -> list[Callable[[int], TokenLogprobs] | None]:
+    """For each row that asked for log-probabilities, what describes the token that is chosen there."""
+
+    def describer(row: torch.Tensor, count: int) -> Callable[[int], TokenLogprobs]:
+        distribution = row.log_softmax(-1)
+        top = distribution.topk(min(count, row.shape[0]))
+        return lambda token: TokenLogprobs(float(distribution[token]), top.indices.tolist(), top.values.tolist())
+
+    return [
+        None if s.request.sampling.logprobs is None else describer(logits[i], s.request.sampling.logprobs)
+        for i, s in enumerate(sequences)
+    ]

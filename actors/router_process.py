@@ -1,0 +1,125 @@
+"""What runs in a router's process: the router, its links to expert hosts, and its server for fronts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..model.checkpoint import Checkpoint
+from ..model.config import ModelConfig
+from ..model.loading import load_dense
+from ..model.reader import BytesRead
+from ..model.weights import router_weights
+from .deadline import Deadline
+from .expert_dispatch import ExpertDispatch
+from .links import Link, LinkAddress, LinkKind, Site, choose_kind, dial
+from .messages import RouterStats
+from .placement_table import PlacementTable
+from .router import Router, RouterSettings
+from .router_server import RouterServer
+
+_DIAL_TIMEOUT_S = 30.0
+
+HostAddresses = Sequence[LinkAddress]
+"""Every address one expert host listens on, one for each kind of link it offers."""
+
+
+def dial_host(addresses: HostAddresses, wanted: LinkKind | Literal["auto"], *, secret: bytes, identity: str) -> Link:
+    """Link to an expert host by the kind that is wanted, or by the best one for the two places.
+
+    Raises:
+        ConfigError: the host does not offer the kind, or it cannot join the two.
+        LinkError: the host is not there, or not ours.
+    """
+    here = Site.here("cpu")
+    machine = next((address.machine for address in addresses if address.kind == "shm"), "")
+    kind = choose_kind(wanted, here=here, there=Site(machine, any(address.kind == "nccl" for address in addresses)))
+    address = next(address for address in addresses if address.kind == kind)
+    return dial(address, secret=secret, identity=identity, deadline=Deadline.after(_DIAL_TIMEOUT_S))
+
+
+class RouterProcess:
+    """One router, its links and its server, built whole: reads the dense weights, dials every host, starts to serve.
+
+    Args:
+        router_id: unique in the cluster, e.g. `router-0`.
+        checkpoint: directory to read the dense weights from.
+        table, hosts: where the experts are, and the addresses of each of those hosts.
+        link: kind of the links to them.
+        bind_host: this node's address on the cluster's network.
+        secret: the cluster's.
+        threads: compute threads.
+
+    Raises:
+        CheckpointError, LinkError: the weights cannot be read, or a host cannot be reached.
+    """
+
+    def __init__(
+        self,
+        router_id: str,
+        *,
+        checkpoint: Path,
+        dtype: torch.dtype,
+        settings: RouterSettings,
+        table: PlacementTable,
+        hosts: Mapping[str, HostAddresses],
+        link: LinkKind | Literal["auto"],
+        reply_timeout_s: float,
+        bind_host: str,
+        secret: bytes,
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.stopped = threading.Event()
+        self._router_id = router_id
+        self._link = link
+        self._secret = secret
+        config = ModelConfig.load(checkpoint)
+        dense, self._bytes_read = load_dense(Checkpoint.open(checkpoint), config)
+        weights = router_weights(config, dense, dtype)
+        links = {host: self._dial(addresses) for host, addresses in hosts.items()}
+        dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s)
+        self._router = Router(router_id, config, weights, dispatch, settings)
+        self._router.start()
+        self._server = RouterServer(self._router, bind_host=bind_host, secret=secret)
+
+    @property
+    def address(self) -> str:
+        """`host:port` where fronts connect."""
+        return self._server.address
+
+    @property
+    def bytes_read(self) -> BytesRead:
+        """What was read from the checkpoint."""
+        return self._bytes_read
+
+    @property
+    def pid(self) -> int:
+        """Process this router lives in."""
+        return os.getpid()
+
+    def relink(self, host: str, addresses: HostAddresses) -> None:
+        """Link anew to a host that was restored, and use the link from the next step on.
+
+        Raises:
+            LinkError: the host is not there.
+        """
+        self._router.set_link(host, self._dial(addresses))
+
+    def stats(self) -> RouterStats:
+        """The router's counters."""
+        return self._router.stats()
+
+    def stop(self) -> None:
+        """Stop serving, fail what is left, close the links. Idempotent."""
+        self._server.close()
+        self._router.stop()
+        self.stopped.set()
+
+    def _dial(self, addresses: HostAddresses) -> Link:
+        return dial_host(addresses, self._link, secret=self._secret, identity=self._router_id)

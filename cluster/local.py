@@ -1,0 +1,223 @@
+"""Local mode: the whole cluster in one process, its parts joined by inline links, without Ray.
+
+The same classes as on a cluster do the work, so what a script or a test sees here is what a cluster answers, bit for bit.
+This is what running with Ray in local mode used to mean; Ray has removed that mode.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+
+from ..actors.expert_dispatch import ExpertDispatch
+from ..actors.expert_host import ExpertHost
+from ..actors.front.answer import Answer as GrowingAnswer
+from ..actors.front.text_stream import ReasoningSplitter
+from ..actors.messages import ClusterStatus, GenerateRequest, ProcessStatus, TokenOutput
+from ..actors.router import Router
+from ..configs.deployment import EMBEDDED_MODEL, Deployment
+from ..model.loading import load_dense, open_model
+from ..model.progress import Progress, default_progress
+from ..model.sampling import SamplingParams
+from ..model.tokenizer import ChatMessage
+from ..model.weights import router_weights
+from .assembly import checkpoint_path, compute_dtype, router_settings, served_model
+from .placement import even_placement
+
+
+class LocalCluster:
+    """Expert hosts and one router in this process. `router.start()` gives it a thread; else call `router.step()`."""
+
+    def __init__(self, deployment: Deployment, *, progress: Progress | None = None) -> None:
+        self.deployment = deployment
+        path = checkpoint_path(deployment.model)
+        progress = progress or default_progress()
+        self.config, checkpoint = open_model(path, verify=deployment.verify, progress=progress)
+        settings = router_settings(deployment, self.config)
+        self.model = served_model(deployment, self.config)
+        dtype = compute_dtype(deployment)
+        torch.set_num_threads(deployment.routers.cpus)
+        self.table = even_placement(self.config, [f"expert-host-{i}" for i in range(deployment.experts.hosts)])
+        self.hosts: list[ExpertHost] = []
+        links = {}
+        for host_id, slots in self.table.slots.items():
+            host = ExpertHost(host_id, dtype=dtype)
+            host.load(path, slots, epoch=self.table.epoch, progress=progress)
+            links[host_id] = host.inline_link("router-0")
+            self.hosts.append(host)
+        dense, self.router_bytes_read = load_dense(checkpoint, self.config, progress=progress)
+        dispatch = ExpertDispatch(self.table, links, reply_timeout_s=deployment.experts.reply_timeout_s)
+        self.router = Router("router-0", self.config, router_weights(self.config, dense, dtype), dispatch, settings)
+
+    def status(self) -> ClusterStatus:
+        """The state of everything; see `ClusterStatus`."""
+        stats = self.router.stats()
+        healthy = stats.unreachable_experts == 0
+        node = os.uname().nodename
+        return ClusterStatus(
+            model=self.model.name,
+            epoch=self.table.epoch,
+            health="ok" if healthy else "unavailable",
+            reason="" if healthy else "; ".join(stats.broken_links),
+            processes=[ProcessStatus(h.host_id, "expert_host", os.getpid(), node, "ready") for h in self.hosts]
+            + [ProcessStatus(self.router.router_id, "router", os.getpid(), node, "ready")],
+            routers=[stats],
+        )
+
+    def close(self) -> None:
+        """Stop everything. Idempotent."""
+        self.router.stop()
+        for host in self.hosts:
+            host.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One prompt's continuation.
+
+    Attributes:
+        text: what follows the thinking (everything, for a model or prompt without any).
+        reasoning: the chain of thought, or None where there is none.
+        token_ids: all generated tokens, those of the reasoning and the end token included.
+        finish_reason: "stop" or "length".
+    """
+
+    text: str
+    reasoning: str | None
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+class LLM:
+    """A model in this process: `LLM("tiny-r1").generate(["What is 2 + 3?"], temperature=0)[0].text`.
+
+    Args:
+        model: a checkpoint directory, or `tiny-r1`.
+        experts: number of expert hosts to spread the experts over; any number gives the same answers.
+        deployment: every other setting, as keyword arguments of `Deployment`.
+
+    Raises:
+        ConfigError, CheckpointError: a setting or the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str] = EMBEDDED_MODEL, *, experts: int = 1, **deployment: object
+    ) -> None:
+        description = {"model": os.fspath(model), "experts": {"hosts": experts}, **deployment}
+        self.cluster = LocalCluster(Deployment.from_dict(description, source="LLM"))
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[list[int]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        ignore_eos: bool = False,
+        chat: bool | None = None,
+    ) -> list[Answer]:
+        """Continue all prompts together; returns one answer each, in order.
+
+        Args:
+            prompts: texts or lists of token ids.
+            max_tokens: most tokens of each answer; by default what is left of the context.
+            temperature, top_p, top_k, min_p: see `SamplingParams`; by default the checkpoint's own recommendation.
+            seed: the same seed gives the same answers.
+            ignore_eos: go on after an end token, up to `max_tokens`.
+            chat: put texts through the chat template, as one user message each (the default for texts where the model has
+                a template); lists of token ids are taken as they are.
+
+        Raises:
+            RequestError: a prompt or a setting cannot be served.
+            EngineFailedError: a request failed.
+        """
+        model = self.cluster.model
+        requests: list[GenerateRequest] = []
+        outputs: dict[str, list[TokenOutput]] = {}
+        opened: dict[str, bool] = {}
+        for prompt in prompts:
+            ids, opens_reasoning = self._token_ids(prompt, chat)
+            left = model.max_context - len(ids)
+            sampling = SamplingParams(
+                max_tokens=max(1, left) if max_tokens is None else max_tokens,
+                temperature=model.defaults.temperature if temperature is None else temperature,
+                top_p=model.defaults.top_p if top_p is None else top_p,
+                top_k=model.defaults.top_k if top_k is None else top_k,
+                min_p=model.defaults.min_p if min_p is None else min_p,
+                seed=seed,
+                stop_token_ids=() if ignore_eos else model.eos_token_ids,
+            )
+            requests.append(GenerateRequest(f"local-{next(self._ids)}", ids, sampling))
+            opened[requests[-1].request_id] = opens_reasoning
+        self._run(requests, outputs)
+        return [self._answer(outputs[r.request_id], opened[r.request_id]) for r in requests]
+
+    def _run(self, requests: list[GenerateRequest], outputs: dict[str, list[TokenOutput]]) -> None:
+        """Step the router until every request has ended; `outputs` gets what each produced."""
+        router = self.cluster.router
+
+        def sink(batch: list[TokenOutput]) -> None:
+            for output in batch:
+                outputs.setdefault(output.request_id, []).append(output)
+
+        waiting = iter(requests)
+        pending: GenerateRequest | None = next(waiting, None)
+        try:
+            while pending is not None or router.busy:
+                # Hand over what the queue takes now and the rest as it drains.
+                while pending is not None and router.has_room:
+                    router.submit(pending, sink)
+                    pending = next(waiting, None)
+                router.step()
+        except BaseException:
+            for request in requests:
+                router.cancel(request.request_id)
+            router.step()
+            raise
+
+    def _token_ids(self, prompt: str | list[int], chat: bool | None) -> tuple[list[int], bool]:
+        """The prompt as token ids, and whether it ends inside a thought."""
+        if not isinstance(prompt, str):
+            return list(prompt), False
+        tokenizer = self.cluster.model.tokenizer
+        if chat is None:
+            chat = tokenizer.has_chat_template
+        if chat:
+            rendered = tokenizer.apply_chat_template([ChatMessage("user", prompt)])
+            return rendered.token_ids, rendered.opens_reasoning
+        return tokenizer.encode(prompt), False
+
+    def _answer(self, outputs: list[TokenOutput], opens_reasoning: bool) -> Answer:
+        growing = GrowingAnswer(self.cluster.model.tokenizer, splitter=ReasoningSplitter(opened=opens_reasoning))
+        deltas = [growing.feed(output) for output in outputs]
+        reason = deltas[-1].finish_reason
+        assert reason is not None, "the router ends every request"
+        reasoning = "".join(delta.reasoning for delta in deltas)
+        return Answer(
+            text="".join(delta.content for delta in deltas),
+            reasoning=reasoning or None,
+            token_ids=[token for delta in deltas for token in delta.token_ids],
+            finish_reason=reason,
+        )
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+        self.cluster.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,121 @@
+"""The Ray Serve application: a controller and any number of fronts. `serve deploy` files name `build`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from ..actors.front.app import create_app
+from ..actors.messages import ClusterStatus
+from ..actors.router_client import ClusterClient
+from ..configs.deployment import Deployment
+from ..configs.errors import ClusterError
+from ..model.config import ModelConfig
+from .assembly import checkpoint_path, front_settings, served_model
+from .controller import Controller, Directory
+from .spawning import Spawner
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+_CONTROLLER_TIMEOUT_S = 3600.0
+"""How long a front waits for the cluster to come up: as long as loading may take."""
+
+_STATUS_TIMEOUT_S = 2.0
+
+_UNLIMITED = 1_000_000
+"""Serve must not hold requests back: routers queue, and refuse with 429, by what they can really take."""
+
+
+class ControllerDeployment:
+    """The controller in a Serve replica. The processes it starts belong to it: they end when it does, whatever happens."""
+
+    async def __init__(self, deployment: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        _configure_logging()
+        self._controller = Controller(Deployment.from_dict(deployment), Spawner())
+        await asyncio.to_thread(self._controller.start)
+
+    async def directory(self) -> Directory:
+        """Where the routers are."""
+        return self._controller.directory()
+
+    async def status(self) -> ClusterStatus:
+        """Every process and the table's epoch."""
+        return self._controller.status()
+
+    async def bytes_read(self) -> dict[str, tuple[int, int]]:
+        """Data and header bytes each process has read from the checkpoint."""
+        return {name: (read.data, read.headers) for name, read in self._controller.bytes_read().items()}
+
+    async def __del__(self) -> None:
+        # Serve calls this when the replica goes; the processes would follow it anyway, but asked they end in order.
+        with contextlib.suppress(AttributeError):
+            await asyncio.to_thread(self._controller.stop)
+
+
+class FrontDeployment:
+    """One front: the OpenAI API over connections to the routers."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, deployment: dict[str, Any], controller: DeploymentHandle
+    ) -> None:
+        _configure_logging()
+        self._deployment = Deployment.from_dict(deployment)
+        self._controller = controller
+        self._front_id = f"front-{serve.get_replica_context().replica_id.unique_id}"
+        directory = await self._ask("directory", _CONTROLLER_TIMEOUT_S)
+        self._client = ClusterClient(self._routers, self._status, secret=directory.secret, front_id=self._front_id)
+        await self._client.connect()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        config = ModelConfig.load(checkpoint_path(self._deployment.model))
+        settings = front_settings(self._deployment, front_id=self._front_id, behind_proxy=True)
+        return create_app(self._client, served_model(self._deployment, config), settings)
+
+    async def _routers(self) -> dict[str, str]:
+        directory: Directory = await self._ask("directory", _STATUS_TIMEOUT_S)
+        return directory.routers
+
+    async def _status(self) -> ClusterStatus:
+        status: ClusterStatus = await self._ask("status", _STATUS_TIMEOUT_S)
+        return status
+
+    async def _ask(self, method: str, timeout_s: float) -> Any:
+        try:
+            return await asyncio.wait_for(getattr(self._controller, method).remote(), timeout_s)
+        except TimeoutError as error:
+            raise ClusterError(f"the controller did not answer {method} within {timeout_s:.0f} s") from error
+
+    async def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            await self._client.aclose()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application for a deployment given as plain data: `args` of a Serve file.
+
+    Raises:
+        ConfigError: the description cannot be used; nothing was started.
+    """
+    deployment = Deployment.from_dict(args, source="args")
+    plain = deployment.model_dump()
+    common = {
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": _UNLIMITED,
+        "max_constructor_retry_count": 1,  # what was refused once will be again
+    }
+    controller = serve.deployment(name="controller", graceful_shutdown_timeout_s=30.0, **common)(ControllerDeployment)
+    front = serve.deployment(
+        name="front", num_replicas=deployment.front.replicas, graceful_shutdown_timeout_s=5.0, **common
+    )(serve.ingress()(FrontDeployment))
+    return front.bind(plain, controller.bind(plain))
+
+
+def _configure_logging() -> None:
+    logging.getLogger("moray").setLevel(logging.INFO)

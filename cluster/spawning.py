@@ -1,0 +1,227 @@
+"""How processes come to be: the one place where plain actor classes become Ray actors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from ..actors.expert_host import ExpertHost
+from ..actors.links import LinkAddress, LinkKind
+from ..actors.placement_table import PlacementTable
+from ..actors.router import RouterSettings
+from ..actors.router_process import HostAddresses, RouterProcess
+from ..configs.deployment import Deployment
+from ..configs.errors import ClusterError, MorayError
+from ..model.reader import BytesRead
+from .assembly import compute_dtype
+
+logger = logging.getLogger("moray.controller")
+
+T = TypeVar("T")
+
+SPAWN_TIMEOUT_S = 120.0
+"""For a process to come up: seconds on a free machine; on a cluster it may have to wait for a node."""
+
+LOAD_TIMEOUT_S = 3600.0
+"""For a host to read its experts: 654 GB over ten hosts from a slow shared disk take half an hour."""
+
+CALL_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 10.0
+
+_ENVIRONMENT = {
+    # OpenMP threads that spin while they wait starve the other processes of the machine.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def _get(reference: Any, *, what: str, timeout_s: float) -> Any:
+    """A Ray call's result; every failure becomes one of our errors."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MorayError):
+            raise cause from None
+        raise ClusterError(f"{what}: {error}") from error
+    except GetTimeoutError as error:
+        raise ClusterError(f"{what}: no answer within {timeout_s:.0f} s{_shortage()}") from error
+    except RayError as error:
+        raise ClusterError(f"{what}: {error}") from error
+
+
+def _shortage() -> str:
+    """What the cluster has free, for the commonest reason that an actor does not start."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return f"; CPUs free: {free.get('CPU', 0):g} of {total.get('CPU', 0):g}" + (
+        f", GPUs free: {free.get('GPU', 0):g} of {total['GPU']:g}" if "GPU" in total else ""
+    )
+
+
+class _Handle:
+    """An actor and the call that ends when it does."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self.pid = 0
+        self.node = ""
+        self._actor = actor
+        self.ended = actor.wait_until_stopped.remote()
+
+    def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
+        """Call a method and wait."""
+        reference = getattr(self._actor, method).remote(*args, **kwargs)
+        return _get(reference, what=f"{self.name}: {method}", timeout_s=timeout_s)
+
+    def stop(self) -> None:
+        """Ask, wait, kill."""
+        try:
+            ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S)
+        except RayActorError:
+            return  # dead already
+        except RayError as error:
+            logger.warning("event=kill process=%s reason=%s", self.name, error)
+        ray.kill(self._actor)
+
+
+class ExpertHostHandle(_Handle):
+    """An expert host in a process of its own."""
+
+    _loading: Any = None
+
+    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
+        """Have it listen for the kinds of link the deployment may use."""
+        self.pid, self.node = self.call("where", timeout_s=SPAWN_TIMEOUT_S)
+        addresses: list[LinkAddress] = self.call("listen_all", link, secret)
+        return addresses
+
+    def begin_load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> None:
+        """Start reading its experts."""
+        self._loading = self._actor.load.remote(checkpoint, slots, epoch=epoch)
+
+    def finish_load(self) -> BytesRead:
+        """Wait until they are read."""
+        bytes_read: BytesRead = _get(self._loading, what=f"{self.name}: load", timeout_s=LOAD_TIMEOUT_S)
+        return bytes_read
+
+
+class RouterHandle(_Handle):
+    """A router in a process of its own."""
+
+    bytes_read: BytesRead
+
+    def finish_start(self) -> str:
+        """Wait until it serves; the address of its front channel."""
+        self.pid, self.node = self.call("where", timeout_s=LOAD_TIMEOUT_S)
+        address: str
+        address, self.bytes_read = self.call("describe")
+        return address
+
+    def relink(self, host_id: str, addresses: HostAddresses) -> None:
+        """Have it link to a restored host."""
+        self.call("relink", host_id, addresses)
+
+
+class ExpertHostActor(ExpertHost):
+    """`ExpertHost` with what only a Ray worker needs."""
+
+    def __init__(self, host_id: str, *, dtype: torch.dtype, threads: int) -> None:
+        _configure(threads)
+        super().__init__(host_id, dtype=dtype)
+
+    def where(self) -> tuple[int, str]:
+        """Process id and node address."""
+        return self.pid, _node_ip()
+
+    def listen_all(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
+        """Listen for every kind the deployment's `link` may turn into on this node."""
+        kinds: list[LinkKind] = ["shm", "gloo"] if link == "auto" else [link]
+        return [self.listen(kind, bind_host=_node_ip(), secret=secret) for kind in kinds]
+
+    def wait_until_stopped(self) -> None:
+        """Return once `stop` was called; a caller waiting on it learns at once when the process dies."""
+        self._stopping.wait()
+
+
+class RouterActor(RouterProcess):
+    """`RouterProcess` with what only a Ray worker needs."""
+
+    def __init__(self, router_id: str, *, threads: int, **settings: Any) -> None:
+        _configure(threads)
+        super().__init__(router_id, bind_host=_node_ip(), threads=threads, **settings)
+
+    def where(self) -> tuple[int, str]:
+        """Process id and node address."""
+        return self.pid, _node_ip()
+
+    def describe(self) -> tuple[str, BytesRead]:
+        """Front channel address and bytes read."""
+        return self.address, self.bytes_read
+
+    def wait_until_stopped(self) -> None:
+        """See `ExpertHostActor.wait_until_stopped`."""
+        self.stopped.wait()
+
+
+class Spawner:
+    """Starts processes as Ray actors. `max_restarts` stays 0: a restartable actor hides its death for seconds."""
+
+    def expert_host(self, host_id: str, deployment: Deployment) -> ExpertHostHandle:
+        """Start an empty expert host."""
+        cpus = deployment.experts.cpus
+        actor = self._remote(ExpertHostActor, cpus).remote(host_id, dtype=compute_dtype(deployment), threads=cpus)
+        return ExpertHostHandle(host_id, actor)
+
+    def router(
+        self,
+        router_id: str,
+        deployment: Deployment,
+        *,
+        checkpoint: Path,
+        settings: RouterSettings,
+        table: PlacementTable,
+        hosts: Mapping[str, HostAddresses],
+        secret: bytes,
+    ) -> RouterHandle:
+        """Start a router that links to `hosts`."""
+        actor = self._remote(RouterActor, deployment.routers.cpus).remote(
+            router_id,
+            checkpoint=checkpoint,
+            dtype=compute_dtype(deployment),
+            settings=settings,
+            table=table,
+            hosts=hosts,
+            link=deployment.link,
+            reply_timeout_s=deployment.experts.reply_timeout_s,
+            secret=secret,
+            threads=deployment.routers.cpus,
+        )
+        return RouterHandle(router_id, actor)
+
+    def wait_for_deaths(self, handles: Mapping[str, ExpertHostHandle | RouterHandle], *, timeout_s: float) -> list[str]:
+        """Names of those that have ended, as soon as one has, or none after `timeout_s`."""
+        by_reference = {handle.ended: name for name, handle in handles.items()}
+        ended, _ = ray.wait(list(by_reference), num_returns=1, timeout=timeout_s, fetch_local=False)
+        return [by_reference[reference] for reference in ended]
+
+    @staticmethod
+    def _remote(actor_class: type, cpus: int) -> Any:
+        # Two calls may be in progress beside `wait_until_stopped`: a load and a status.
+        options = {"num_cpus": cpus, "max_restarts": 0, "max_concurrency": 4}
+        return ray.remote(actor_class).options(**options, runtime_env={"env_vars": _ENVIRONMENT})
+
+
+def _node_ip() -> str:
+    """This node's address on Ray's network: where links and front channels listen."""
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
+def _configure(threads: int) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    torch.set_num_threads(threads)

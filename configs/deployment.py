@@ -1,0 +1,151 @@
+"""One deployment: which model, spread over how many processes, and how it is served.
+
+The same description comes from a YAML file (`moray serve --config`), from flags, or as the `args` of a stock
+`serve deploy` file; see `configs/deployments/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+
+EMBEDDED_MODEL = "tiny-r1"
+"""Name of the model that ships with the package."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ExpertHosts(_Section):
+    """The processes that hold the routed experts.
+
+    Attributes:
+        hosts: how many; the experts of every layer are spread evenly over them.
+        cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        reply_timeout_s: a host that is silent for so long with work in hand is taken for dead.
+    """
+
+    hosts: int = Field(default=2, ge=1)
+    cpus: int = Field(default=1, ge=1)
+    reply_timeout_s: float = Field(default=10.0, gt=0)
+
+
+class Routers(_Section):
+    """The processes that hold everything else and the KV cache.
+
+    Attributes:
+        replicas: how many; requests are spread over them.
+        cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        page_size: positions in one KV page.
+        cache_tokens: positions in one router's KV cache, rounded up to whole pages.
+        token_budget: most tokens in one step; a longer prompt is computed in chunks.
+        max_running: most requests in one step.
+        max_waiting: requests beyond this many waiting ones are refused with 429.
+        restore_timeout_s: how long requests wait for lost experts to be restored before they fail.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    cpus: int = Field(default=1, ge=1)
+    page_size: int = Field(default=32, ge=1)
+    cache_tokens: int = Field(default=32768, ge=1)
+    token_budget: int = Field(default=512, ge=1)
+    max_running: int = Field(default=64, ge=1)
+    max_waiting: int = Field(default=256, ge=1)
+    restore_timeout_s: float = Field(default=60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _budget_covers_decoding(self) -> Self:
+        if self.token_budget < self.max_running:
+            raise ValueError(
+                f"token_budget = {self.token_budget} is below max_running = {self.max_running}: every running request "
+                "needs a token a step; raise the first or lower the second"
+            )
+        return self
+
+
+class Front(_Section):
+    """The HTTP side. `host` and `port` are for `moray serve`; a Serve file sets its own in `http_options`.
+
+    Attributes:
+        replicas: Serve replicas that validate, tokenize and stream.
+        api_key_file: file with one bearer key a line; None lets everybody in.
+        body_limit_bytes: larger request bodies are refused with 413.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    api_key_file: str | None = None
+    body_limit_bytes: int = Field(default=8 << 20, ge=1024)
+
+
+class Deployment(_Section):
+    """A whole deployment.
+
+    Attributes:
+        model: a checkpoint directory, or `tiny-r1` for the embedded one.
+        name: the id clients use; by default the directory's name.
+        dtype: what is computed in; `auto` is float32 on CPUs, whose results do not depend on the machine's bf16 units.
+        link: how routers and expert hosts are joined; `auto` takes shm on one machine, else nccl or gloo.
+        max_context: longest prompt plus answer in tokens; by default the model's own, as far as the cache holds it.
+        verify: `full` looks for NaN in the whole checkpoint before anything starts, `headers` only at names and shapes,
+            `auto` decides by size. What a process reads it checks in any case.
+    """
+
+    model: str = EMBEDDED_MODEL
+    name: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    link: Literal["auto", "shm", "gloo", "nccl"] = "auto"
+    max_context: int | None = Field(default=None, ge=2)
+    verify: Literal["auto", "full", "headers"] = "auto"
+    experts: ExpertHosts = ExpertHosts()
+    routers: Routers = Routers()
+    front: Front = Front()
+
+    @property
+    def served_name(self) -> str:
+        """The id clients use."""
+        return self.name or Path(self.model).name
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, source: str = "deployment") -> Deployment:
+        """Build from plain data; `source` is named in errors.
+
+        Raises:
+            ConfigError: a key is unknown or a value cannot be used; names each with the value found.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            problems = [
+                f"{'.'.join(str(part) for part in e['loc']) or 'deployment'} = {e['input']!r}: {e['msg']}"
+                if e["type"] != "extra_forbidden"
+                else f"{'.'.join(str(part) for part in e['loc'])}: no such setting"
+                for e in error.errors()
+            ]
+            raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Deployment:
+        """Read a YAML file: the deployment itself, or a stock Serve file with the deployment as its first app's `args`.
+
+        Raises:
+            ConfigError: the file cannot be read or does not describe a deployment.
+        """
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
+        if isinstance(raw, dict) and "applications" in raw:
+            applications = raw["applications"]
+            first = applications[0] if isinstance(applications, list) and applications else None
+            raw = first.get("args") if isinstance(first, dict) else None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: must hold a deployment (a mapping), found {type(raw).__name__}")
+        return cls.from_dict(raw, source=str(path))

@@ -1,0 +1,1 @@
+"""The DeepSeek-V3 architecture: configuration, checkpoint slices, layers, KV pages, sampling, tokenizer."""

@@ -1,0 +1,1 @@
+"""How tiny-r1 is made: questions, network, optimizer, export and evaluation."""

@@ -1,0 +1,117 @@
+"""The router's part of the model: everything but the routed experts, over a paged latent cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.experts import swiglu_mlp
+from ..kernels.linear import linear
+from ..kernels.mla import Segment
+from ..kernels.rms_norm import rms_norm
+from .attention import MLA, BatchPositions, rope_rotation
+from .config import ModelConfig
+from .moe import Gate, MoE, Pending, RoutedExperts
+from .weights import BlockWeights, RouterWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Input of one step over T tokens.
+
+    Attributes:
+        token_ids: the T tokens, sequence after sequence.
+        segments: the sequences; lengths add up to T.
+        sample_rows: rows whose next-token logits are wanted, ascending.
+    """
+
+    token_ids: Sequence[int]
+    segments: Sequence[Segment]
+    sample_rows: Sequence[int]
+
+
+class Block:
+    """One transformer layer: attention and a feed-forward part, each behind a norm and around a residual."""
+
+    def __init__(
+        self, config: ModelConfig, weights: BlockWeights, feed_forward: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        self.eps = config.rms_norm_eps
+        self.attention_norm = weights.attention_norm
+        self.attention = MLA(config, weights.attention)
+        self.feed_forward_norm = weights.feed_forward_norm
+        self.feed_forward = feed_forward
+
+    def __call__(self, hidden_states: torch.Tensor, batch: BatchPositions, cache: torch.Tensor) -> torch.Tensor:
+        """[T, H] to [T, H]."""
+        normed = rms_norm(hidden_states, self.attention_norm, self.eps)
+        hidden_states = hidden_states + self.attention(normed, batch, cache)
+        return hidden_states + self.feed_forward(rms_norm(hidden_states, self.feed_forward_norm, self.eps))
+
+
+class Transformer:
+    """Embedding, blocks, final norm and head, with a latent cache of `pages` pages.
+
+    Args:
+        weights: decoded to the compute dtype; the cache has the same dtype.
+        routed: where the routed experts are.
+        pages, page_size: size of the cache; `max_context` positions are prepared for RoPE.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: RouterWeights,
+        routed: RoutedExperts[Pending],
+        *,
+        pages: int,
+        page_size: int,
+        max_context: int,
+    ) -> None:
+        self.config = config
+        self.page_size = page_size
+        self.embedding = weights.embedding
+        self.norm = weights.norm
+        self.head = weights.head
+        self.rotation = rope_rotation(config, max_context)
+        self.blocks = [
+            Block(config, block, self._feed_forward(layer, block, routed)) for layer, block in enumerate(weights.blocks)
+        ]
+        self.cache = torch.zeros(
+            (config.num_hidden_layers, pages, page_size, config.latent_dim), dtype=weights.embedding.dtype
+        )
+
+    def _feed_forward(
+        self, layer: int, block: BlockWeights, routed: RoutedExperts[Pending]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        if block.gate is not None:
+            return MoE(layer, Gate(self.config, block.gate), block.mlp, routed)
+        dense = block.mlp
+        assert dense is not None, f"layer {layer} has neither a gate nor an MLP"
+        return lambda hidden_states: swiglu_mlp(hidden_states, dense)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Run the batch, filling the cache; returns logits [len(sample_rows), V] in fp32.
+
+        Repeating a batch after a failure half-way is safe: it writes the same rows again.
+        """
+        positions = self._positions(batch)
+        hidden_states = self.embedding[torch.tensor(batch.token_ids)]
+        for layer, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, positions, self.cache[layer])
+        last = hidden_states[torch.tensor(batch.sample_rows, dtype=torch.int64)]
+        return linear(rms_norm(last, self.norm, self.config.rms_norm_eps), self.head).float()
+
+    def _positions(self, batch: ForwardBatch) -> BatchPositions:
+        size = self.page_size
+        position = [p for s in batch.segments for p in range(s.position, s.position + s.length)]
+        rows = [
+            s.block_table[p // size] * size + p % size
+            for s in batch.segments
+            for p in range(s.position, s.position + s.length)
+        ]
+        index = torch.tensor(position)
+        return BatchPositions(index, torch.tensor(rows), self.rotation[index], batch.segments)
