@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# The editable install links each file, so that type checkers can follow; a file more or less means installing again.
+FILES := $(sort $(shell find . -name '*.py' -not -path './$(VENV)/*' -not -path './build/*'))
+STAMP := $(VENV)/.installed-$(firstword $(shell echo $(FILES) | cksum))
 PORT ?= 8000
 
 # Explicit everywhere: unset, Ray would turn token authentication on and write a token into the home directory.
@@ -15,7 +17,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Moray needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -rf build/__editable__*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --config-settings editable_mode=strict
+	rm -f $(VENV)/.installed-*
 	touch $@
 
 # Starts Ray + Serve, asks one question, prints the thinking and the answer; ONCE=1 stops after it.
@@ -29,6 +33,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p moray
+	$(BIN)/mypy --explicit-package-bases tests
 
 # Trains the embedded model again: about an hour on two CPU cores.
 tiny-r1: setup

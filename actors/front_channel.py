@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from typing import Any, Final
 
 import msgpack
@@ -49,14 +49,14 @@ def generate_message(request: GenerateRequest) -> list[Any]:
         "generate",
         request.request_id,
         array("i", request.prompt_token_ids).tobytes(),
-        list(astuple(request.sampling)),
+        asdict(request.sampling),
     ]
 
 
 def request_from(message: list[Any]) -> GenerateRequest:
     """The request in a generate message."""
     _, request_id, prompt, sampling = message
-    params = SamplingParams(*sampling[:-1], tuple(sampling[-1]))
+    params = SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])})
     return GenerateRequest(request_id, array("i", prompt).tolist(), params)
 
 

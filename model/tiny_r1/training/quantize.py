@@ -37,13 +37,13 @@ def dequantize(value: Tensor, scales: Tensor) -> Tensor:
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """Round |x| <= 448 to e4m3 in float arithmetic: torch's own cast runs at 0.2 G elements a second on a CPU.
+    """Round float32 |x| <= 448 to e4m3: torch's own cast runs at 0.2 G elements a second on a CPU.
 
-    Three mantissa bits; below 2^-6 the spacing stays 2^-9.
+    The exponent bits of x alone are a power of two p; adding and subtracting 1.5 * 2^20 * p leaves three mantissa
+    bits, rounded to even. Below 2^-6 the spacing stays 2^-9.
     """
-    exponent = torch.frexp(x).exponent.clamp(min=-5)
-    step = torch.ldexp(torch.ones_like(x), exponent - 4)
-    return torch.round(x / step) * step
+    shift = (x.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6).mul_(1.5 * 2**20)
+    return (x + shift).sub_(shift)
 
 
 def fake_quantize(weight: Tensor) -> Tensor:
