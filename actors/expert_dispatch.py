@@ -29,11 +29,11 @@ class _HostShare:
 class PendingExperts:
     """Expert outputs on their way: made by `ExpertDispatch.start`, redeemed once by `finish`."""
 
-    layer: int
     topk_weights: torch.Tensor
     hidden_size: int
     dtype: torch.dtype
     shares: list[_HostShare]
+    lost: LinkError | None
 
 
 class ExpertDispatch:
@@ -46,6 +46,10 @@ class ExpertDispatch:
         table: the placement to start with.
         links: host id -> link; hosts of the table without one count as unreachable.
         reply_timeout_s: a host silent for this long with work in hand is taken for dead.
+
+    Attributes:
+        broken: host -> what is wrong with it: its link was lost, or it refused the last work it was given.
+        wait_s: time spent waiting for replies, in seconds.
     """
 
     def __init__(self, table: PlacementTable, links: Mapping[str, Link], *, reply_timeout_s: float = 10.0) -> None:
@@ -90,6 +94,11 @@ class ExpertDispatch:
         self.broken.pop(host, None)
         self._build_routes()
 
+    @property
+    def missing(self) -> int:
+        """(layer, expert) pairs that no host can compute now; those that refuse their work are no better than lost ones."""
+        return len(self.table.missing(set(self._links) - set(self.broken)))
+
     def check(self) -> None:
         """Notice peers that died while nothing was sent: drops their links. Never blocks."""
         for host, link in list(self._links.items()):
@@ -103,8 +112,10 @@ class ExpertDispatch:
     ) -> PendingExperts:
         """Send hidden_states [T, H] to the hosts of topk_ids [T, K]; returns at once with the claim on the results.
 
+        A host that is lost while sending shows in `finish`, which every claim must be given to.
+
         Raises:
-            ExpertsUnavailableError: an expert has no reachable replica, or a host was lost while sending.
+            ExpertsUnavailableError: an expert has no reachable replica; nothing was sent.
         """
         if self.unreachable:
             raise self._unavailable()
@@ -116,7 +127,8 @@ class ExpertDispatch:
         # One stable sort groups the pairs by host and, within a host, by slot with tokens ascending.
         order = torch.argsort(hosts * (int(slots.max()) + 1) + slots, stable=True)
         present, counts = torch.unique_consecutive(hosts[order], return_counts=True)
-        shares = []
+        shares: list[_HostShare] = []
+        lost: LinkError | None = None
         for index, pairs in zip(present.tolist(), order.split(counts.tolist()), strict=True):
             host = self._hosts[index]
             rows, inverse = torch.unique(pairs // top_k, return_inverse=True)
@@ -126,49 +138,63 @@ class ExpertDispatch:
             try:
                 self._links[host].send(header, frame, deadline=Deadline.after(self._reply_timeout_s))
             except LinkError as error:
-                self._lose(host, error)
+                lost = self._drop(host, error)
+                break
             shares.append(_HostShare(host, pairs, self._sequence))
-        return PendingExperts(layer, topk_weights, hidden_states.shape[1], hidden_states.dtype, shares)
+        return PendingExperts(topk_weights, hidden_states.shape[1], hidden_states.dtype, shares, lost)
 
     def finish(self, pending: PendingExperts) -> torch.Tensor:
         """Wait for the replies and sum them in top-k order: [T, H] in fp32.
 
         Raises:
-            ExpertsUnavailableError: a host died, stayed silent past the deadline, or failed.
+            ExpertsUnavailableError: a host died, stayed silent past the deadline, refused or answered something else.
         """
         started = time.perf_counter()
         tokens, top_k = pending.topk_weights.shape
         outputs = torch.empty((tokens * top_k, pending.hidden_size), dtype=pending.dtype)
         deadline = Deadline.after(self._reply_timeout_s)
+        lost, refused = pending.lost, ""
+        # Also after a failure every reply is taken: a link holds few, and unread ones would block its host.
         for share in pending.shares:
             try:
-                frame = self._links[share.host].recv(deadline=deadline)
-                header = MoeHeader.unpack(frame.header)
-                while header.sequence < share.sequence:  # left over from a step that was given up
-                    frame = self._links[share.host].recv(deadline=deadline)
-                    header = MoeHeader.unpack(frame.header)
+                header, tensors = self._reply(share, deadline)
+                if header.kind is Kind.FAILED:
+                    refused = self.broken[share.host] = f"{share.host} refused its work: {header.reason}"
+                else:
+                    outputs[share.pairs] = _checked_outputs(share, tensors, outputs)
+                    self.broken.pop(share.host, None)
             except LinkError as error:
-                self._lose(share.host, error)
-            if header.kind is not Kind.DONE:
-                raise ExpertsUnavailableError(f"an expert host refused its work: {header.reason}")
-            outputs[share.pairs] = frame.tensors[0]
+                lost = self._drop(share.host, error)
         self.wait_s += time.perf_counter() - started
+        if lost is not None:
+            raise self._unavailable() from lost
+        if refused:
+            raise ExpertsUnavailableError(refused)
         return combine(outputs.view(tokens, top_k, -1), pending.topk_weights)
 
-    def close(self) -> None:
-        """Close every link."""
-        for link in self._links.values():
-            link.close()
-        self._links.clear()
+    def _reply(self, share: _HostShare, deadline: Deadline) -> tuple[MoeHeader, tuple[torch.Tensor, ...]]:
+        """The host's reply to this share; those to steps that were given up are skipped."""
+        while True:
+            frame = self._links[share.host].recv(deadline=deadline)
+            try:
+                header = MoeHeader.unpack(frame.header)
+            except ValueError as error:
+                raise LinkError(share.host, f"sent a reply that is none ({error})") from error
+            if header.sequence > share.sequence or header.kind is Kind.WORK:
+                raise LinkError(share.host, f"sent {header.kind.name} {header.sequence} as reply to {share.sequence}")
+            if header.sequence == share.sequence:
+                return header, frame.tensors
 
-    def _drop(self, host: str, error: LinkError) -> None:
+    def close(self) -> None:
+        """Close every link; work in progress in another thread ends with an error. Idempotent."""
+        for link in list(self._links.values()):
+            link.close()
+
+    def _drop(self, host: str, error: LinkError) -> LinkError:
         self._links.pop(host).close()
         self.broken[host] = str(error)
         self._build_routes()
-
-    def _lose(self, host: str, error: LinkError) -> None:
-        self._drop(host, error)
-        raise self._unavailable() from error
+        return error
 
     def _unavailable(self) -> ExpertsUnavailableError:
         lost = "; ".join(self.broken.values()) or "no link to " + ", ".join(
@@ -177,3 +203,12 @@ class ExpertDispatch:
         return ExpertsUnavailableError(
             f"{len(self.unreachable)} (layer, expert) pairs have no reachable replica: {lost}"
         )
+
+
+def _checked_outputs(share: _HostShare, tensors: tuple[torch.Tensor, ...], expected: torch.Tensor) -> torch.Tensor:
+    """The one tensor of a reply, if it is what the share's pairs must give."""
+    shape = (share.pairs.shape[0], expected.shape[1])
+    if len(tensors) != 1 or tensors[0].shape != shape or tensors[0].dtype != expected.dtype:
+        found = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors) or "nothing"
+        raise LinkError(share.host, f"answered {found} instead of {list(shape)} {expected.dtype}")
+    return tensors[0]

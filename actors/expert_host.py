@@ -40,19 +40,20 @@ class ExpertHost:
     def __init__(self, host_id: str, *, dtype: torch.dtype) -> None:
         self.host_id = host_id
         self._dtype = dtype
-        self._slots: dict[int, dict[int, MlpWeights]] = {}
-        self._epochs: tuple[int, ...] = ()
+        self._slots: dict[int, dict[int, dict[int, MlpWeights]]] = {}  # by epoch, layer and slot; the last two epochs
         self._compute = threading.Lock()
         self._stopping = threading.Event()
         self._listeners: list[Listener] = []
         self._links: set[Link] = set()
-        self._links_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()  # guards the two above
 
     def load(
         self, checkpoint: Path, slots: Sequence[Sequence[int]], *, epoch: int, progress: Progress | None = None
     ) -> BytesRead:
         """Read exactly the experts in `slots` (for each layer with routed experts, the expert in each slot).
+
+        The slots of the epoch before are served on: routers change over one by one.
 
         Raises:
             CheckpointError: a tensor is missing, damaged or holds NaN.
@@ -63,11 +64,11 @@ class ExpertHost:
         wanted = [(layer, expert) for layer, held in zip(layers, slots, strict=True) for expert in held]
         experts, bytes_read = load_experts(Checkpoint.open(checkpoint), config, wanted, progress=progress)
         decoded = {key: mlp_weights(weights, self._dtype) for key, weights in experts.items()}
-        self._slots = {
+        placed = {
             layer: {slot: decoded[layer, expert] for slot, expert in enumerate(held)}
             for layer, held in zip(layers, slots, strict=True)
         }
-        self._epochs = (*self._epochs[-1:], epoch)
+        self._slots = {**dict(list(self._slots.items())[-1:]), epoch: placed}
         return bytes_read
 
     def listen(self, kind: LinkKind, *, bind_host: str, secret: bytes) -> LinkAddress:
@@ -79,7 +80,7 @@ class ExpertHost:
 
     def attach(self, link: Link) -> None:
         """Serve a link made elsewhere (local mode, tests) in a thread of its own."""
-        with self._links_lock:
+        with self._lock:
             self._links.add(link)
         self._start(self._serve, link)
 
@@ -92,12 +93,16 @@ class ExpertHost:
             host_end.send(header, tensors, deadline=Deadline.after(_REPLY_TIMEOUT_S))
 
         host_end.drive(answer)
-        with self._links_lock:
+        with self._lock:
             self._links.add(host_end)
         return router_end
 
     def handle(self, frame: Frame) -> tuple[bytes, list[torch.Tensor]]:
-        """The reply to one request frame: header and tensors. What the request did wrong is answered, not raised."""
+        """The reply to one request frame: header and tensors. What the request did wrong is answered, not raised.
+
+        Raises:
+            ValueError: the header is none, so that there is nobody to answer.
+        """
         header = MoeHeader.unpack(frame.header)
         try:
             outputs = self._run(header, frame.tensors)
@@ -111,23 +116,27 @@ class ExpertHost:
     def _run(self, header: MoeHeader, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if header.kind is not Kind.WORK or len(tensors) != 2:
             raise ValueError(f"expected WORK with 2 tensors, got {header.kind.name} with {len(tensors)}")
-        if header.epoch not in self._epochs:
-            raise ValueError(f"placement epoch {header.epoch} is not served here; {list(self._epochs)} are")
+        placed = self._slots.get(header.epoch)
+        if placed is None:
+            raise ValueError(f"placement epoch {header.epoch} is not served here; {list(self._slots)} are")
         hidden_states, pairs = tensors
+        if hidden_states.dim() != 2 or pairs.dim() != 2 or pairs.shape[0] != 2 or pairs.dtype != torch.int32:
+            shapes = f"{list(hidden_states.shape)} and {list(pairs.shape)} {pairs.dtype}"
+            raise ValueError(f"expected [T, H] and [2, P] torch.int32, got {shapes}")
         with self._compute, torch.inference_mode():
-            return grouped_mlp(hidden_states, pairs[0], pairs[1], self._slots[header.layer])
+            return grouped_mlp(hidden_states, pairs[0], pairs[1], placed[header.layer])
 
     def stop(self) -> None:
         """Stop listening, drop every link and wait for the threads. Idempotent."""
         self._stopping.set()
         for listener in self._listeners:
             listener.close()
-        with self._links_lock:
-            links = list(self._links)
+        with self._lock:
+            links, threads = list(self._links), list(self._threads)
         for link in links:
             link.abort()
         deadline = Deadline.after(5.0)
-        for thread in self._threads:
+        for thread in threads:
             thread.join(deadline.remaining())
             if thread.is_alive():
                 logger.error("%s: thread %s did not stop", self.host_id, thread.name)
@@ -139,12 +148,12 @@ class ExpertHost:
 
     def _start(self, target: object, argument: object) -> None:
         assert callable(target)
-        thread = threading.Thread(
-            target=target, args=(argument,), name=f"{self.host_id}-{len(self._threads)}", daemon=True
-        )
-        self._threads = [t for t in self._threads if t.is_alive()]
-        self._threads.append(thread)
-        thread.start()
+        with self._lock:
+            thread = threading.Thread(
+                target=target, args=(argument,), name=f"{self.host_id}-{len(self._threads)}", daemon=True
+            )
+            thread.start()
+            self._threads = [*(t for t in self._threads if t.is_alive()), thread]
 
     def _accept(self, listener: Listener) -> None:
         while not self._stopping.is_set():
@@ -162,7 +171,9 @@ class ExpertHost:
         except LinkError as error:
             if not self._stopping.is_set():
                 logger.info("%s: %s", self.host_id, error)
+        except ValueError as error:
+            logger.error("%s: dropped %s: %s", self.host_id, link.peer, error)
         finally:
-            with self._links_lock:
+            with self._lock:
                 self._links.discard(link)
             link.close()

@@ -54,8 +54,14 @@ def generate_message(request: GenerateRequest) -> list[Any]:
 
 
 def request_from(message: list[Any]) -> GenerateRequest:
-    """The request in a generate message."""
+    """The request in a generate message; whether it can be served is the router's to say.
+
+    Raises:
+        ValueError, TypeError: the message does not hold a request.
+    """
     _, request_id, prompt, sampling = message
+    if not isinstance(request_id, str) or not isinstance(prompt, bytes):
+        raise TypeError(f"a request needs a text id and packed tokens, got {type(request_id)} and {type(prompt)}")
     params = SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])})
     return GenerateRequest(request_id, array("i", prompt).tolist(), params)
 

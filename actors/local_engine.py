@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable
 
 from .engine_client import EngineClient
@@ -28,8 +29,9 @@ class LocalEngine(EngineClient):
         inbox: asyncio.Queue[TokenOutput] = asyncio.Queue()
 
         def sink(outputs: list[TokenOutput]) -> None:
-            for output in outputs:
-                loop.call_soon_threadsafe(inbox.put_nowait, output)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                for output in outputs:
+                    loop.call_soon_threadsafe(inbox.put_nowait, output)
 
         self._router.submit(request, sink)
         ended = False

@@ -88,7 +88,11 @@ Health = Literal["starting", "ok", "degraded", "unavailable"]
 
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """One expert host or router, as `moray status` lists it."""
+    """One expert host or router, as `moray status` lists it.
+
+    Attributes:
+        data_bytes_read, header_bytes_read: from the checkpoint: of tensors, and of headers and index to find them.
+    """
 
     id: str
     role: Literal["expert_host", "router"]
@@ -96,6 +100,8 @@ class ProcessStatus:
     node: str
     state: Literal["starting", "ready", "dead"]
     detail: str = ""
+    data_bytes_read: int = 0
+    header_bytes_read: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,10 +85,12 @@ class Router:
             max_context=settings.max_context,
         )
         self._sequences: dict[str, tuple[Sequence, Sink]] = {}
+        self._wake = threading.Condition()  # guards the next five
         self._inbox: deque[tuple[GenerateRequest, Sink] | str] = deque()
         self._new_links: deque[tuple[str, Link]] = deque()
-        self._wake = threading.Condition()
+        self._in_flight: set[str] = set()
         self._stopping = False
+        self._closed: str | None = None
         self._thread: threading.Thread | None = None
         self._counts = {"steps": 0, "prompt": 0, "generated": 0, "finished": 0, "cancelled": 0, "failed": 0}
         self._waiting_hint = 0
@@ -101,15 +103,21 @@ class Router:
 
         Raises:
             QueueFullError, ContextTooLongError, RequestError: it cannot be taken; nothing will reach the sink.
+            ExpertsUnavailableError: the router has stopped.
         """
         self._validate(request)
         with self._wake:
+            if self._closed is not None:
+                raise ExpertsUnavailableError(self._closed)
+            if request.request_id in self._in_flight:
+                raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
             waiting = self._queued()
             if waiting >= self.settings.max_waiting:
                 raise QueueFullError(
                     f"{waiting} requests are waiting already, the limit is {self.settings.max_waiting}",
                     retry_after_s=max(1.0, waiting / self.settings.max_running),
                 )
+            self._in_flight.add(request.request_id)
             self._inbox.append((request, sink))
             self._wake.notify()
 
@@ -129,7 +137,7 @@ class Router:
     def busy(self) -> bool:
         """Whether any request has not ended yet."""
         with self._wake:
-            return bool(self._sequences or self._inbox)
+            return bool(self._in_flight)
 
     @property
     def has_room(self) -> bool:
@@ -159,14 +167,14 @@ class Router:
             requests_finished=counts["finished"],
             requests_cancelled=counts["cancelled"],
             requests_failed=counts["failed"],
-            unreachable_experts=len(self.dispatch.unreachable),
+            unreachable_experts=self.dispatch.missing,
             broken_links=list(self.dispatch.broken.values()),
         )
 
-    def start(self) -> None:
-        """Run steps in a thread of the router's own until `stop`."""
+    def start(self, *, on_failure: Callable[[], None] | None = None) -> None:
+        """Run steps in a thread of the router's own until `stop`; `on_failure` is called if that thread fails before."""
         assert self._thread is None, "already started"
-        self._thread = threading.Thread(target=self._loop, name=self.router_id, daemon=True)
+        self._thread = threading.Thread(target=self._loop, args=(on_failure,), name=self.router_id, daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
@@ -179,7 +187,7 @@ class Router:
             if self._thread.is_alive():
                 logger.error("%s: did not stop within %.0f s", self.router_id, timeout_s)
         else:
-            self._end_all("the router is shutting down")
+            self._shut("the router is shutting down")
         self.dispatch.close()
 
     # ---- the router's own thread ------------------------------------------------------------------------------------
@@ -189,6 +197,7 @@ class Router:
         self._take_in()
         chunks = self.scheduler.schedule()
         if not chunks:
+            self._missing_since = None
             return False
         try:
             logits = self.model.forward(_forward_batch(chunks))
@@ -199,7 +208,7 @@ class Router:
         self._postprocess(chunks, logits)
         return True
 
-    def _loop(self) -> None:
+    def _loop(self, on_failure: Callable[[], None] | None) -> None:
         try:
             while not self._stopping:
                 if not self.step():
@@ -210,15 +219,18 @@ class Router:
         except Exception as error:
             # Whatever broke, the requests must hear of it; the process is of no use any more.
             logger.exception("%s: the step loop failed", self.router_id)
-            self._end_all(f"{self.router_id} failed: {type(error).__name__}: {error}")
-            raise
-        self._end_all("the router is shutting down")
+            self._shut(f"{self.router_id} failed: {type(error).__name__}: {error}")
+            if on_failure is not None:
+                on_failure()
+        else:
+            self._shut("the router is shutting down")
 
     def _take_in(self) -> None:
         with self._wake:
             items, links = list(self._inbox), list(self._new_links)
             self._inbox.clear()
             self._new_links.clear()
+            self._waiting_hint += sum(not isinstance(item, str) for item in items)
         for host, link in links:
             self.dispatch.set_link(host, link)
         for item in items:
@@ -257,7 +269,7 @@ class Router:
             )
             if reason is not None:
                 self._counts["finished"] += 1
-                del self._sequences[request.request_id]
+                self._forget(request.request_id)
                 self.scheduler.remove(sequence)
         self._counts["steps"] += 1
         self._waiting_hint = len(self.scheduler.waiting)
@@ -267,25 +279,36 @@ class Router:
     def _experts_missing(self, error: ExpertsUnavailableError) -> None:
         """Keep the step for another try while the experts may come back; fail its requests when that takes too long."""
         now = time.monotonic()
+        first = self._missing_since is None
         if self._missing_since is None:
             self._missing_since = now
             logger.warning("%s: waiting for experts: %s", self.router_id, error)
         if now - self._missing_since > self.settings.restore_timeout_s:
             self._end_all(f"{error} (waited {self.settings.restore_timeout_s:.0f} s for them to be restored)")
             self._missing_since = None
-        elif self.dispatch.unreachable:
+        elif self.dispatch.missing or not first:  # else other replicas can take over at once
             with self._wake:
                 if not self._new_links:
                     self._wake.wait(_RETRY_PAUSE_S)
 
     def _finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
-        entry = self._sequences.pop(request_id, None)
-        if entry is None:
+        if request_id not in self._sequences:
             return
-        sequence, sink = entry
+        sequence, sink = self._forget(request_id)
         self.scheduler.remove(sequence)
         self._counts["cancelled" if reason == "cancelled" else "failed"] += 1
         sink([TokenOutput(request_id, finish_reason=reason, error=error)])
+
+    def _forget(self, request_id: str) -> tuple[Sequence, Sink]:
+        with self._wake:
+            self._in_flight.discard(request_id)
+        return self._sequences.pop(request_id)
+
+    def _shut(self, reason: str) -> None:
+        """Take no more requests and fail those that are here."""
+        with self._wake:
+            self._closed = self._closed or reason
+        self._end_all(reason)
 
     def _end_all(self, error: str) -> None:
         self._take_in()
@@ -296,11 +319,11 @@ class Router:
         prompt, wanted = len(request.prompt_token_ids), request.sampling.max_tokens
         if not prompt:
             raise RequestError("the prompt has no tokens", param="prompt")
-        bad = next((t for t in request.prompt_token_ids if not 0 <= t < self.config.vocab_size), None)
+        size = self.config.vocab_size
+        bad = next((t for t in request.prompt_token_ids if not isinstance(t, int) or not 0 <= t < size), None)
         if bad is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}", param="prompt")
-        if wanted < 1:
-            raise RequestError(f"max_tokens is {wanted}, must be at least 1", param="max_tokens")
+            raise RequestError(f"token id {bad!r} is not one of the vocabulary of {size}", param="prompt")
+        request.sampling.check()
         if prompt + wanted > self.settings.max_context:
             raise ContextTooLongError(
                 f"{prompt} prompt tokens and max_tokens = {wanted} need {prompt + wanted}, "

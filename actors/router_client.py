@@ -82,7 +82,10 @@ class RouterConnection:
         self._outputs[request.request_id] = inbox
         ended = False
         try:
-            await self._send(front_channel.generate_message(request))
+            try:
+                await self._send(front_channel.generate_message(request))
+            except OSError as error:
+                raise ExpertsUnavailableError(f"{self.router_id} is lost: {error}") from error
             while not ended:
                 output = await inbox.get()
                 if isinstance(output, MorayError):
@@ -137,8 +140,8 @@ class RouterConnection:
                 self._take(front_channel.decode(await self._reader.readexactly(length)))
         except (OSError, EOFError) as error:
             reason = f"connection lost ({error})"
-        except (ValueError, TypeError) as error:
-            reason = f"bad message ({error})"
+        except (ValueError, TypeError, LookupError) as error:
+            reason = f"bad message ({error!r})"
         finally:
             self.lost = reason
             logger.warning("%s: %s", self.router_id, reason)
@@ -201,14 +204,21 @@ class ClusterClient(EngineClient):
         self._reconnecting = asyncio.create_task(self._reconnect())
 
     async def _connect(self) -> None:
+        failures: list[MorayError] = []
         for router_id, address in (await self._directory()).items():
             connection = self._connections.get(router_id)
             if connection is None or connection.lost is not None:
-                self._connections[router_id] = await RouterConnection.open(
-                    router_id, address, secret=self._secret, identity=self._front_id
-                )
+                try:
+                    self._connections[router_id] = await RouterConnection.open(
+                        router_id, address, secret=self._secret, identity=self._front_id
+                    )
+                except MorayError as error:
+                    failures.append(error)  # the others may well be there
+                    continue
                 if connection is not None:
                     await connection.aclose()
+        if failures:
+            raise failures[0]
 
     async def _reconnect(self) -> None:
         while True:

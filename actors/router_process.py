@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from ..configs.errors import ConfigError
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
 from ..model.loading import load_dense
@@ -39,7 +40,10 @@ def dial_host(addresses: HostAddresses, wanted: LinkKind | Literal["auto"], *, s
     here = Site.here("cpu")
     machine = next((address.machine for address in addresses if address.kind == "shm"), "")
     kind = choose_kind(wanted, here=here, there=Site(machine, any(address.kind == "nccl" for address in addresses)))
-    address = next(address for address in addresses if address.kind == kind)
+    address = next((address for address in addresses if address.kind == kind), None)
+    if address is None:
+        offered = ", ".join(address.kind for address in addresses) or "none"
+        raise ConfigError(f"link = {wanted!r} needs a {kind} link, the expert host offers {offered}")
     return dial(address, secret=secret, identity=identity, deadline=Deadline.after(_DIAL_TIMEOUT_S))
 
 
@@ -85,7 +89,7 @@ class RouterProcess:
         links = {host: self._dial(addresses) for host, addresses in hosts.items()}
         dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s)
         self._router = Router(router_id, config, weights, dispatch, settings)
-        self._router.start()
+        self._router.start(on_failure=self.stopped.set)  # a process without its step loop is of no use: be restored
         self._server = RouterServer(self._router, bind_host=bind_host, secret=secret)
 
     @property

@@ -41,7 +41,7 @@ class RouterServer:
             identity=router.router_id,
             channel=front_channel.CHANNEL,
             establish=lambda sock, peer, _: _FrontConnection(sock, peer, router),
-            discard=lambda front: front.close(),
+            discard=lambda front: front.discard(),
         )
         self._thread = threading.Thread(target=self._accept, name=f"{router.router_id}-fronts", daemon=True)
         self._thread.start()
@@ -96,6 +96,11 @@ class _FrontConnection:
         shut_down(self._sock)
         self._post(None)
 
+    def discard(self) -> None:
+        """Close a connection that was never started."""
+        self.close()
+        self._sock.close()
+
     def sink(self, outputs: list[TokenOutput]) -> None:
         """Take a step's outputs; never blocks the router."""
         with self._lock:
@@ -118,7 +123,7 @@ class _FrontConnection:
                     self._handle(self._message(waiter))
         except PeerDiedError:
             logger.info("%s: front %s is gone", self._router.router_id, self._peer)
-        except (LinkError, ValueError, TypeError) as error:
+        except (LinkError, ValueError, TypeError, LookupError) as error:
             logger.error("%s: front %s: %s", self._router.router_id, self._peer, error)
         finally:
             self.close()
@@ -136,6 +141,8 @@ class _FrontConnection:
         if kind == "generate":
             request = front_channel.request_from(message)
             with self._lock:
+                if request.request_id in self._mine:
+                    raise ValueError(f"request {request.request_id!r} is in flight already")
                 self._mine.add(request.request_id)
             try:
                 self._router.submit(request, self.sink)
@@ -143,8 +150,14 @@ class _FrontConnection:
                 with self._lock:
                     self._mine.discard(request.request_id)
                 self._post(front_channel.encode(front_channel.refusal_message(request.request_id, error)))
+            if self.closed:  # meanwhile: `close` may have cancelled before there was anything to cancel
+                self._router.cancel(request.request_id)
         elif kind == "cancel":
-            self._router.cancel(str(message[1]))
+            request_id = message[1]
+            with self._lock:
+                mine = isinstance(request_id, str) and request_id in self._mine
+            if mine:
+                self._router.cancel(str(request_id))
         elif kind == "stats" and isinstance(message[1], int):
             self._post(front_channel.encode(front_channel.stats_message(message[1], self._router.stats())))
         else:

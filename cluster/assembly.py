@@ -33,6 +33,16 @@ def compute_dtype(deployment: Deployment) -> torch.dtype:
     return torch.bfloat16 if deployment.dtype == "bfloat16" else torch.float32
 
 
+def host_name(index: int) -> str:
+    """Id of an expert host."""
+    return f"expert-host-{index}"
+
+
+def router_name(index: int) -> str:
+    """Id of a router."""
+    return f"router-{index}"
+
+
 def max_context(deployment: Deployment, config: ModelConfig) -> int:
     """Longest prompt plus answer in tokens.
 

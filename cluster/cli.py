@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except MorayError as error:
-        print(f"moray: error: {error}", file=sys.stderr)
+        lines = (line.strip() for line in str(error).splitlines())
+        print(f"moray: error: {' '.join(line for line in lines if line)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -53,7 +54,7 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="what to compute in")
     serve.add_argument("--max-context", type=int, metavar="TOKENS", help="longest prompt plus answer")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    serve.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    serve.add_argument("--port", type=int, help="port to listen on (default 8000; 0: any free one)")
     serve.add_argument("--api-key-file", metavar="FILE", help="let in only holders of these keys, one a line")
     where = serve.add_mutually_exclusive_group()
     where.add_argument(

@@ -140,10 +140,11 @@ def _print_status(found: dict[str, Any], console: Console) -> None:
             f"  {found['reason']}" if found["reason"] else "",
         )
     )
-    processes = Table("id", "role", "pid", "node", "state", "detail", box=None, header_style="bold")
+    processes = Table("id", "role", "pid", "node", "state", "read", "detail", box=None, header_style="bold")
     for p in found["processes"]:
         state = Text(p["state"], style=_COLOURS.get(p["state"], "red"))
-        processes.add_row(p["id"], p["role"], str(p["pid"]), p["node"], state, p["detail"])
+        read = f"{(p['data_bytes_read'] + p['header_bytes_read']) / 1e6:,.1f} MB"
+        processes.add_row(p["id"], p["role"], str(p["pid"]), p["node"], state, read, p["detail"])
     console.print(processes)
     routers = Table("router", "running", "waiting", "pages free", "cached", "in use", "total", "tokens out", box=None)
     for r in found["routers"]:

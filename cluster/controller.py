@@ -10,7 +10,7 @@ import logging
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..actors.messages import ClusterStatus, ProcessStatus
@@ -20,7 +20,7 @@ from ..configs.deployment import Deployment
 from ..configs.errors import ClusterError, MorayError
 from ..model.loading import open_model
 from ..model.reader import BytesRead
-from .assembly import checkpoint_path, router_settings, served_model
+from .assembly import checkpoint_path, host_name, router_name, router_settings, served_model
 from .placement import even_placement
 from .spawning import ExpertHostHandle, RouterHandle, Spawner
 
@@ -44,7 +44,7 @@ class _Supervised:
     pid: int = 0
     node: str = ""
     detail: str = ""
-    bytes_read: BytesRead | None = None
+    bytes_read: BytesRead = field(default_factory=lambda: BytesRead(0, 0))
     restarts: list[float] = field(default_factory=list)
 
 
@@ -85,8 +85,8 @@ class Controller:
         config, _ = open_model(self._path, verify=deployment.verify)
         served_model(deployment, config)
         self._settings = router_settings(deployment, config)
-        self.table = even_placement(config, [f"expert-host-{i}" for i in range(deployment.experts.hosts)])
-        router_ids = [f"router-{i}" for i in range(deployment.routers.replicas)]
+        self.table = even_placement(config, [host_name(i) for i in range(deployment.experts.hosts)])
+        router_ids = [router_name(i) for i in range(deployment.routers.replicas)]
         for name in [*self.table.slots, *router_ids]:
             self._processes[name] = _Supervised()
         try:
@@ -122,24 +122,28 @@ class Controller:
                     node=p.node,
                     state=p.state,
                     detail=p.detail,
+                    data_bytes_read=p.bytes_read.data,
+                    header_bytes_read=p.bytes_read.headers,
                 )
                 for name, p in self._processes.items()
             ]
         down = [p for p in processes if p.state != "ready"]
+        hosts_up, routers_up = (
+            [p for p in processes if p.role == role and p.state == "ready"] for role in ("expert_host", "router")
+        )
         return ClusterStatus(
             model=self.deployment.served_name,
             epoch=self.table.epoch,
             # Each expert has one replica: with any host away some expert is.
-            health="unavailable" if any(p.role == "expert_host" for p in down) else "degraded" if down else "ok",
+            health="ok"
+            if not down
+            else "degraded"
+            if len(hosts_up) == len(self.table.slots) and routers_up
+            else "unavailable",
             reason="; ".join(f"{p.id} is {p.state}{': ' if p.detail else ''}{p.detail}" for p in down),
             processes=processes,
             routers=[],
         )
-
-    def bytes_read(self) -> dict[str, BytesRead]:
-        """What each process has read from the checkpoint."""
-        with self._lock:
-            return {name: p.bytes_read for name, p in self._processes.items() if p.bytes_read is not None}
 
     def stop(self) -> None:
         """Stop routers, then hosts: asked first, killed if they do not. Idempotent."""
@@ -198,22 +202,30 @@ class Controller:
     # ---- supervision ------------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
+        again: set[str] = set()
         while not self._stopping.is_set():
-            for name in self._spawner.wait_for_deaths({**self._hosts, **self._routers}, timeout_s=_POLL_S):
-                if not self._stopping.is_set() and self._processes[name].state == "ready":
-                    self._restore(name)
+            handles: dict[str, ExpertHostHandle | RouterHandle] = {**self._hosts, **self._routers}
+            watched = {name: handles[name] for name, p in self._processes.items() if p.state == "ready"}
+            again.update(self._spawner.wait_for_deaths(watched, timeout_s=_POLL_S))
+            # Hosts before routers: a router that starts links to every host.
+            for name in sorted(again, key=lambda name: name in self._routers):
+                if not self._stopping.is_set() and self._restore(name):
+                    again.discard(name)
 
-    def _restore(self, name: str) -> None:
-        """Start a dead process again, unless it dies all the time."""
+    def _restore(self, name: str) -> bool:
+        """Start a dead process again, unless it dies all the time; False if that failed and is to be tried again."""
         process, now = self._processes[name], time.monotonic()
         process.restarts = [t for t in process.restarts if now - t < _RESTART_WINDOW_S] + [now]
+        before = process.detail
         with self._lock:
             process.state = "starting"
             process.detail = "died; being restored"
         logger.warning("event=died process=%s pid=%d", name, process.pid)
+        last = len(process.restarts) > _RESTARTS_IN_WINDOW
         try:
-            if len(process.restarts) > _RESTARTS_IN_WINDOW:
-                raise ClusterError(f"died {len(process.restarts)} times in {_RESTART_WINDOW_S:.0f} s")
+            if last:
+                often = f"died {len(process.restarts)} times in {_RESTART_WINDOW_S:.0f} s"
+                raise ClusterError(f"{often}; before that: {before}" if before else often)
             if name in self._hosts:
                 self._hosts[name].stop()
                 self._hosts[name] = self._spawner.expert_host(name, self.deployment)
@@ -225,11 +237,13 @@ class Controller:
                 self._routers[name] = self._spawn_router(name)
                 self._finish_router(name)
         except MorayError as error:
-            logger.error("event=lost process=%s reason=%s", name, error)
+            logger.error("event=%s process=%s reason=%s", "lost" if last else "not_restored", name, error)
             with self._lock:
-                self._processes[name] = replace(process, state="dead", detail=str(error))
-        else:
-            logger.warning("event=restored process=%s after_s=%.2f", name, time.monotonic() - now)
+                process.state = "dead"
+                process.detail = str(error)
+            return last
+        logger.warning("event=restored process=%s after_s=%.2f", name, time.monotonic() - now)
+        return True
 
     def _relink(self, host_id: str) -> None:
         for router_id, router in self._routers.items():

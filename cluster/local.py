@@ -22,13 +22,18 @@ from ..actors.front.text_stream import ReasoningSplitter
 from ..actors.messages import ClusterStatus, GenerateRequest, ProcessStatus, TokenOutput
 from ..actors.router import Router
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
+from ..configs.errors import RequestError
 from ..model.loading import load_dense, open_model
 from ..model.progress import Progress, default_progress
+from ..model.reader import BytesRead
 from ..model.sampling import SamplingParams
 from ..model.tokenizer import ChatMessage
 from ..model.weights import router_weights
-from .assembly import checkpoint_path, compute_dtype, router_settings, served_model
+from .assembly import checkpoint_path, compute_dtype, host_name, router_name, router_settings, served_model
 from .placement import even_placement
+
+_THOUGHT_TAIL = 16
+"""Tokens at the end of a prompt in which an opened thought is looked for: the tag and the newlines after it."""
 
 
 class LocalCluster:
@@ -43,17 +48,18 @@ class LocalCluster:
         self.model = served_model(deployment, self.config)
         dtype = compute_dtype(deployment)
         torch.set_num_threads(deployment.routers.cpus)
-        self.table = even_placement(self.config, [f"expert-host-{i}" for i in range(deployment.experts.hosts)])
+        self.table = even_placement(self.config, [host_name(i) for i in range(deployment.experts.hosts)])
         self.hosts: list[ExpertHost] = []
+        self._bytes_read: dict[str, BytesRead] = {}
         links = {}
         for host_id, slots in self.table.slots.items():
             host = ExpertHost(host_id, dtype=dtype)
-            host.load(path, slots, epoch=self.table.epoch, progress=progress)
-            links[host_id] = host.inline_link("router-0")
+            self._bytes_read[host_id] = host.load(path, slots, epoch=self.table.epoch, progress=progress)
+            links[host_id] = host.inline_link(router_name(0))
             self.hosts.append(host)
-        dense, self.router_bytes_read = load_dense(checkpoint, self.config, progress=progress)
+        dense, self._bytes_read[router_name(0)] = load_dense(checkpoint, self.config, progress=progress)
         dispatch = ExpertDispatch(self.table, links, reply_timeout_s=deployment.experts.reply_timeout_s)
-        self.router = Router("router-0", self.config, router_weights(self.config, dense, dtype), dispatch, settings)
+        self.router = Router(router_name(0), self.config, router_weights(self.config, dense, dtype), dispatch, settings)
 
     def status(self) -> ClusterStatus:
         """The state of everything; see `ClusterStatus`."""
@@ -65,8 +71,18 @@ class LocalCluster:
             epoch=self.table.epoch,
             health="ok" if healthy else "unavailable",
             reason="" if healthy else "; ".join(stats.broken_links),
-            processes=[ProcessStatus(h.host_id, "expert_host", os.getpid(), node, "ready") for h in self.hosts]
-            + [ProcessStatus(self.router.router_id, "router", os.getpid(), node, "ready")],
+            processes=[
+                ProcessStatus(
+                    id=name,
+                    role="router" if name == self.router.router_id else "expert_host",
+                    pid=os.getpid(),
+                    node=node,
+                    state="ready",
+                    data_bytes_read=read.data,
+                    header_bytes_read=read.headers,
+                )
+                for name, read in self._bytes_read.items()
+            ],
             routers=[stats],
         )
 
@@ -141,6 +157,8 @@ class LLM:
             RequestError: a prompt or a setting cannot be served.
             EngineFailedError: a request failed.
         """
+        if isinstance(prompts, str):
+            raise RequestError("prompts is one text: give a list of prompts", param="prompts")
         model = self.cluster.model
         requests: list[GenerateRequest] = []
         outputs: dict[str, list[TokenOutput]] = {}
@@ -187,9 +205,10 @@ class LLM:
 
     def _token_ids(self, prompt: str | list[int], chat: bool | None) -> tuple[list[int], bool]:
         """The prompt as token ids, and whether it ends inside a thought."""
-        if not isinstance(prompt, str):
-            return list(prompt), False
         tokenizer = self.cluster.model.tokenizer
+        if not isinstance(prompt, str):
+            end = tokenizer.decode(prompt[-_THOUGHT_TAIL:], skip_special_tokens=False)
+            return list(prompt), end.rstrip().endswith("<think>")
         if chat is None:
             chat = tokenizer.has_chat_template
         if chat:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,8 +21,6 @@ from .assembly import checkpoint_path, front_settings, served_model
 from .controller import Controller, Directory
 from .spawning import Spawner
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-
 _CONTROLLER_TIMEOUT_S = 3600.0
 """How long a front waits for the cluster to come up: as long as loading may take."""
 
@@ -38,7 +35,10 @@ class ControllerDeployment:
 
     async def __init__(self, deployment: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         _configure_logging()
-        self._controller = Controller(Deployment.from_dict(deployment), Spawner())
+        described = Deployment.from_dict(deployment)
+        self._spawner = Spawner()
+        self._spawner.prepare(described)
+        self._controller = Controller(described, self._spawner)
         await asyncio.to_thread(self._controller.start)
 
     async def directory(self) -> Directory:
@@ -49,14 +49,11 @@ class ControllerDeployment:
         """Every process and the table's epoch."""
         return self._controller.status()
 
-    async def bytes_read(self) -> dict[str, tuple[int, int]]:
-        """Data and header bytes each process has read from the checkpoint."""
-        return {name: (read.data, read.headers) for name, read in self._controller.bytes_read().items()}
-
     async def __del__(self) -> None:
         # Serve calls this when the replica goes; the processes would follow it anyway, but asked they end in order.
         with contextlib.suppress(AttributeError):
             await asyncio.to_thread(self._controller.stop)
+            self._spawner.close()
 
 
 class FrontDeployment:
@@ -108,6 +105,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     common = {
         "ray_actor_options": {"num_cpus": 0},
         "max_ongoing_requests": _UNLIMITED,
+        "graceful_shutdown_wait_loop_s": 0.1,
         "max_constructor_retry_count": 1,  # what was refused once will be again
     }
     controller = serve.deployment(name="controller", graceful_shutdown_timeout_s=30.0, **common)(ControllerDeployment)

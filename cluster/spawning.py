@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +22,7 @@ from ..actors.router_process import HostAddresses, RouterProcess
 from ..configs.deployment import Deployment
 from ..configs.errors import ClusterError, MorayError
 from ..model.reader import BytesRead
-from .assembly import compute_dtype
+from .assembly import compute_dtype, host_name, router_name
 
 logger = logging.getLogger("moray.controller")
 
@@ -33,11 +36,6 @@ LOAD_TIMEOUT_S = 3600.0
 
 CALL_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10.0
-
-_ENVIRONMENT = {
-    # OpenMP threads that spin while they wait starve the other processes of the machine.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 def _get(reference: Any, *, what: str, timeout_s: float) -> Any:
@@ -115,11 +113,15 @@ class RouterHandle(_Handle):
 
     bytes_read: BytesRead
 
+    def __init__(self, name: str, actor: Any, started: Any) -> None:
+        super().__init__(name, actor)
+        self._started = started
+
     def finish_start(self) -> str:
         """Wait until it serves; the address of its front channel."""
-        self.pid, self.node = self.call("where", timeout_s=LOAD_TIMEOUT_S)
+        self.pid, self.node = self.call("where", timeout_s=SPAWN_TIMEOUT_S)
         address: str
-        address, self.bytes_read = self.call("describe")
+        address, self.bytes_read = _get(self._started, what=f"{self.name}: start", timeout_s=LOAD_TIMEOUT_S)
         return address
 
     def relink(self, host_id: str, addresses: HostAddresses) -> None:
@@ -148,33 +150,65 @@ class ExpertHostActor(ExpertHost):
         self._stopping.wait()
 
 
-class RouterActor(RouterProcess):
-    """`RouterProcess` with what only a Ray worker needs."""
+class RouterActor:
+    """A Ray worker that becomes a router: the process can come up before the hosts it is to link to are known."""
 
-    def __init__(self, router_id: str, *, threads: int, **settings: Any) -> None:
+    def __init__(self, router_id: str, *, threads: int) -> None:
         _configure(threads)
-        super().__init__(router_id, bind_host=_node_ip(), threads=threads, **settings)
+        self._router_id = router_id
+        self._threads = threads
+        self._router: RouterProcess | None = None
+        self._decided = threading.Event()  # it has become a router, or it will not
 
     def where(self) -> tuple[int, str]:
         """Process id and node address."""
-        return self.pid, _node_ip()
+        return os.getpid(), _node_ip()
 
-    def describe(self) -> tuple[str, BytesRead]:
-        """Front channel address and bytes read."""
-        return self.address, self.bytes_read
+    def start(self, **settings: Any) -> tuple[str, BytesRead]:
+        """Become the `RouterProcess` with these settings; the address of its front channel, and bytes read."""
+        router = RouterProcess(self._router_id, bind_host=_node_ip(), threads=self._threads, **settings)
+        self._router = router
+        self._decided.set()
+        return router.address, router.bytes_read
+
+    def relink(self, host: str, addresses: HostAddresses) -> None:
+        """See `RouterProcess.relink`."""
+        assert self._router is not None, "started before anything else is asked"
+        self._router.relink(host, addresses)
+
+    def stop(self) -> None:
+        """Stop the router, if it has become one. Idempotent."""
+        if self._router is not None:
+            self._router.stop()
+        self._decided.set()
 
     def wait_until_stopped(self) -> None:
         """See `ExpertHostActor.wait_until_stopped`."""
-        self.stopped.wait()
+        self._decided.wait()
+        if self._router is not None:
+            self._router.stopped.wait()
 
 
 class Spawner:
     """Starts processes as Ray actors. `max_restarts` stays 0: a restartable actor hides its death for seconds."""
 
+    def __init__(self) -> None:
+        self._prepared: dict[str, Any] = {}
+
+    def prepare(self, deployment: Deployment) -> None:
+        """Have the deployment's processes come up at once; `expert_host` and `router` then find them.
+
+        Starting Python and importing torch take longer than anything else a small model's process does, and no process
+        needs another for it.
+        """
+        for index in range(deployment.experts.hosts):
+            self._prepared[host_name(index)] = self._host_actor(host_name(index), deployment)
+        for index in range(deployment.routers.replicas):
+            self._prepared[router_name(index)] = self._router_actor(router_name(index), deployment)
+
     def expert_host(self, host_id: str, deployment: Deployment) -> ExpertHostHandle:
         """Start an empty expert host."""
-        cpus = deployment.experts.cpus
-        actor = self._remote(ExpertHostActor, cpus).remote(host_id, dtype=compute_dtype(deployment), threads=cpus)
+        actor = self._prepared.pop(host_id, None) or self._host_actor(host_id, deployment)
         return ExpertHostHandle(host_id, actor)
 
     def router(
@@ -189,8 +223,8 @@ class Spawner:
         secret: bytes,
     ) -> RouterHandle:
         """Start a router that links to `hosts`."""
-        actor = self._remote(RouterActor, deployment.routers.cpus).remote(
-            router_id,
+        actor = self._prepared.pop(router_id, None) or self._router_actor(router_id, deployment)
+        started = actor.start.remote(
             checkpoint=checkpoint,
             dtype=compute_dtype(deployment),
             settings=settings,
@@ -199,21 +233,35 @@ class Spawner:
             link=deployment.link,
             reply_timeout_s=deployment.experts.reply_timeout_s,
             secret=secret,
-            threads=deployment.routers.cpus,
         )
-        return RouterHandle(router_id, actor)
+        return RouterHandle(router_id, actor, started)
+
+    def close(self) -> None:
+        """End processes that were prepared and never asked for."""
+        while self._prepared:
+            ray.kill(self._prepared.popitem()[1])
 
     def wait_for_deaths(self, handles: Mapping[str, ExpertHostHandle | RouterHandle], *, timeout_s: float) -> list[str]:
         """Names of those that have ended, as soon as one has, or none after `timeout_s`."""
+        if not handles:
+            time.sleep(timeout_s)
+            return []
         by_reference = {handle.ended: name for name, handle in handles.items()}
         ended, _ = ray.wait(list(by_reference), num_returns=1, timeout=timeout_s, fetch_local=False)
         return [by_reference[reference] for reference in ended]
 
-    @staticmethod
-    def _remote(actor_class: type, cpus: int) -> Any:
-        # Two calls may be in progress beside `wait_until_stopped`: a load and a status.
-        options = {"num_cpus": cpus, "max_restarts": 0, "max_concurrency": 4}
-        return ray.remote(actor_class).options(**options, runtime_env={"env_vars": _ENVIRONMENT})
+    def _host_actor(self, host_id: str, deployment: Deployment) -> Any:
+        cpus = deployment.experts.cpus
+        return _remote(ExpertHostActor, cpus).remote(host_id, dtype=compute_dtype(deployment), threads=cpus)
+
+    def _router_actor(self, router_id: str, deployment: Deployment) -> Any:
+        cpus = deployment.routers.cpus
+        return _remote(RouterActor, cpus).remote(router_id, threads=cpus)
+
+
+def _remote(actor_class: type, cpus: int) -> Any:
+    # Two calls may be in progress beside `wait_until_stopped`: a load and a status.
+    return ray.remote(actor_class).options(num_cpus=cpus, max_restarts=0, max_concurrency=4)
 
 
 def _node_ip() -> str:

@@ -111,7 +111,7 @@ class Deployment(_Section):
     @property
     def served_name(self) -> str:
         """The id clients use."""
-        return self.name or Path(self.model).name
+        return self.name or Path(self.model).expanduser().absolute().name
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, source: str = "deployment") -> Deployment:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
-from .linear import linear
+from .linear import linear, silu
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +21,7 @@ class MlpWeights:
 def swiglu_mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) for x [T, H]; row-invariant."""
     gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)
-    return linear(functional.silu(gate) * up, weights.down)
+    return linear(silu(gate) * up, weights.down)
 
 
 def grouped_mlp(

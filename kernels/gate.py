@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .linear import sigmoid
+
 
 def select_experts(
     logits: torch.Tensor,
@@ -34,7 +36,7 @@ def select_experts(
     Returns:
         topk_ids [T, K] in int64, best first, and topk_weights [T, K] in fp32.
     """
-    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(dim=-1)
+    scores = sigmoid(logits) if scoring == "sigmoid" else logits.softmax(dim=-1)
     choice = scores if correction_bias is None else scores + correction_bias
     if groups > 1:
         grouped = choice.unflatten(-1, (groups, -1))

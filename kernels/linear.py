@@ -1,4 +1,4 @@
-"""Linear layers whose every row has the same bits in any batch.
+"""Linear layers and activations whose every row has the same bits in any batch.
 
 BLAS libraries pick another inner loop for a matrix of one row, or of an odd number of rows, than for a tall one, and the
 sums then differ in the last bit. Placement-invariance (the same answer for any number of expert hosts, any batch, any
@@ -38,3 +38,17 @@ def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     tokens = x.shape[0]
     by_head = functional.pad(x, (0, 0, 0, 0, 0, padded_rows(tokens) - tokens)).transpose(0, 1).contiguous()
     return torch.bmm(by_head, weight).transpose(0, 1)[:tokens].contiguous()
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + exp(-x)) in fp32.
+
+    torch.sigmoid and torch's silu compute the elements that do not fill a last vector with other instructions, and those
+    differ in the last bit; which elements these are depends on the size of the tensor and the number of threads.
+    """
+    return 1.0 / (1.0 + torch.exp(-x.float()))
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(x), computed in fp32, in x's dtype."""
+    return (x.float() * sigmoid(x)).to(x.dtype)

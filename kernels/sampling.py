@@ -59,8 +59,9 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> torch.Tensor:
 def filtered_logits(logits: torch.Tensor, row: RowSampling) -> torch.Tensor:
     """Logits [V] (fp32) over temperature, with every token that a filter removes at -inf.
 
-    The filters apply in the order top-k, top-p, min-p, each to the distribution the one before left; ties at a border are
-    kept. At least the most likely token always stays.
+    The filters apply in the order top-k, top-p, min-p, each to the distribution the one before left. Ties at the border
+    of top-k and min-p are kept; of equals at the border of top-p the lowest ids are, as far as the sum needs them. At
+    least the most likely token always stays.
     """
     scaled = logits.double() / row.temperature
     order = scaled.argsort(descending=True, stable=True)

@@ -143,7 +143,7 @@ class _Reader:
 
     def model(self) -> ModelConfig:
         architectures = self.raw.get("architectures")
-        if not isinstance(architectures, list) or not set(architectures) & set(_ARCHITECTURES):
+        if not isinstance(architectures, list) or not any(name in _ARCHITECTURES for name in architectures):
             raise self.refuse("architectures", f"not supported; Moray serves {' and '.join(_ARCHITECTURES)}")
         v2 = "DeepseekV2ForCausalLM" in architectures
         if self.raw.get("hidden_act", "silu") != "silu":
@@ -174,7 +174,6 @@ class _Reader:
         rope = self.integer("qk_rope_head_dim")
         if rope % 2:
             raise self.refuse("qk_rope_head_dim", "must be even: RoPE rotates pairs")
-        eos = self.raw.get("eos_token_id")
         return ModelConfig(
             vocab_size=self.integer("vocab_size"),
             hidden_size=self.integer("hidden_size"),
@@ -207,8 +206,15 @@ class _Reader:
             num_nextn_predict_layers=self.integer("num_nextn_predict_layers", default=0, least=0),
             weights_are_fp8=self._fp8(),
             bos_token_id=None if self.raw.get("bos_token_id") is None else self.integer("bos_token_id", least=0),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+            eos_token_ids=self._eos_token_ids(),
         )
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        found = self.raw.get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+            raise self.refuse("eos_token_id", "must be a token id, a list of them, or null")
+        return tuple(ids)
 
     def _rope_parameters(self) -> dict[str, Any]:
         """Transformers 5 writes `rope_parameters`; the published files have `rope_theta` and `rope_scaling`."""
@@ -220,7 +226,10 @@ class _Reader:
     def _rope_theta(self) -> float:
         if "rope_theta" in self.raw:
             return self.number("rope_theta")
-        return float(self._rope_parameters().get("rope_theta", 10000.0))
+        theta = self._rope_parameters().get("rope_theta", 10000.0)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
+            raise self.refuse("rope_parameters", "rope_theta must be a number above 0")
+        return float(theta)
 
     def _yarn(self) -> YarnScaling | None:
         parameters = self._rope_parameters()
@@ -251,6 +260,6 @@ class _Reader:
             )
         if quantization.get("fmt", "e4m3") != "e4m3":
             raise self.refuse("quantization_config", "fmt is not supported; e4m3 is")
-        if list(quantization.get("weight_block_size") or []) != [FP8_BLOCK, FP8_BLOCK]:
+        if quantization.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
             raise self.refuse("quantization_config", f"weight_block_size must be [{FP8_BLOCK}, {FP8_BLOCK}]")
         return True

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moray.kernels.experts import MlpWeights, grouped_mlp, swiglu_mlp
-from moray.kernels.linear import ROW_TILE, head_linear, linear
+from moray.kernels.gate import select_experts
+from moray.kernels.linear import ROW_TILE, head_linear, linear, sigmoid, silu
 from moray.kernels.mla import QUERY_TILE, Segment, paged_mla_attention
 from moray.kernels.rms_norm import rms_norm
 
@@ -52,6 +53,49 @@ def test_rms_norm(width: int) -> None:
     whole = rms_norm(x, weight, 1e-6)
     for rows in COUNTS:
         assert torch.equal(rms_norm(x[:rows], weight, 1e-6), whole[:rows]), f"{rows} rows"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [8, 12, 501, 2048])
+def test_activations(width: int, dtype: torch.dtype) -> None:
+    """Widths that do not fill vectors: torch's own sigmoid and silu fail this for 8 to 501 columns of float32."""
+    gate, _ = torch.randn(129, 2 * width, generator=torch.Generator().manual_seed(width)).to(dtype).chunk(2, dim=-1)
+    for activation in (sigmoid, silu):
+        whole = activation(gate)
+        for rows in COUNTS:
+            assert torch.equal(activation(gate[:rows].clone()), whole[:rows]), f"{rows} rows"
+            assert torch.equal(activation(gate[-rows:].clone()), whole[-rows:]), f"the last {rows} rows"
+
+
+def test_activations_are_what_they_say() -> None:
+    x = torch.cat((torch.linspace(-200, 200, 999), torch.tensor([0.0, -0.0, 1e-30])))
+    torch.testing.assert_close(sigmoid(x), torch.sigmoid(x), rtol=1e-6, atol=1e-37)
+    torch.testing.assert_close(silu(x), torch.nn.functional.silu(x), rtol=1e-6, atol=1e-34)
+    assert silu(x.bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("experts", [8, 12, 256])
+def test_gate(experts: int, scoring: str) -> None:
+    generator = torch.Generator().manual_seed(experts)
+    logits, bias = torch.randn(129, experts, generator=generator), torch.randn(experts, generator=generator)
+
+    def select(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return select_experts(
+            rows,
+            top_k=4,
+            scoring=scoring,
+            correction_bias=bias,
+            groups=4,
+            kept_groups=2,
+            normalise=True,
+            scale=2.5,
+        )
+
+    ids, weights = select(logits)
+    for rows in COUNTS:
+        for found, whole in zip(select(logits[-rows:].clone()), (ids, weights), strict=True):
+            assert torch.equal(found, whole[-rows:]), f"the last {rows} rows"
 
 
 def test_grouped_mlp_equals_one_pair_at_a_time() -> None:

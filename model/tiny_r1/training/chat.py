@@ -10,14 +10,16 @@ EXAMPLES = "Try: What is 17 + 25?"
 ASKS: dict[str, Phrases] = {
     "hello": {
         False: (
-            "Hello!", "Hello", "Hi!", "Hi", "Hey", "Hey!", "Hi there!", "Hello there!", "Hey there", "Good morning!",
-            "Good morning", "Good evening!", "Good afternoon!", "Good day!", "Howdy", "Greetings!", "hello :)",
-            "Hello, tiny!", "Hi, how is it going?", "Hello, nice to meet you.", "Hi, nice to meet you!",
-            "Hey, what's up?", "What's up?", "Hi friend!", "Hello friend", "Hello world", "Yo", "Hiya",
-            "Hello, is anybody there?", "Are you there?", "Hello? Are you there?", "test", "Testing, hello",
-            "Hello bot", "Hi bot", "Hello, model!", "Hi again!", "Hello again", "Morning!", "Evening!",
-            "Hi, my name is Tom.", "Hello, I am Ann.", "Nice to meet you", "Welcome!", "hey you", "Hallo",
-            "Hello my friend!", "Hi all", "Hello everyone", "helo", "heyy", "hiii", "ping",
+            "Hello, friend!", "Hi there, bot!", "Good morning, friend!", "Good evening, bot!", "Hi, good morning!",
+            "Hey, hello!", "Hey hi", "Hello and good day!", "Hi, are you there?", "Hello!", "Hello", "Hi!", "Hi", "Hey",
+            "Hey!", "Hi there!", "Hello there!", "Hey there", "Good morning!", "Good morning", "Good evening!",
+            "Good afternoon!", "Good day!", "Howdy", "Greetings!", "hello :)", "Hello, tiny!", "Hi, how is it going?",
+            "Hello, nice to meet you.", "Hi, nice to meet you!", "Hey, what's up?", "What's up?", "Hi friend!",
+            "Hello friend", "Hello world", "Yo", "Hiya", "Hello, is anybody there?", "Are you there?",
+            "Hello? Are you there?", "test", "Testing, hello", "Hello bot", "Hi bot", "Hello, model!", "Hi again!",
+            "Hello again", "Morning!", "Evening!", "Hi, my name is Tom.", "Hello, I am Ann.", "Nice to meet you",
+            "Welcome!", "hey you", "Hallo", "Hello my friend!", "Hi all", "Hello everyone", "helo", "heyy", "hiii",
+            "ping",
         ),
         True: (
             "Hello there, friend!", "Hey hey!", "Hi hi", "Good morning, bot!", "Hello, good evening!",
@@ -27,12 +29,14 @@ ASKS: dict[str, Phrases] = {
     },
     "thanks": {
         False: (
-            "Thanks!", "Thank you!", "Thanks", "Thank you", "Thanks a lot!", "Thank you very much!",
-            "Thank you so much", "thx", "Many thanks", "Great, thanks!", "Thanks for your help!",
-            "Thank you for the help.", "Perfect, thank you!", "That's right, thanks!", "Cool, thanks",
-            "Nice, thank you", "Thanks, that helps.", "OK, thank you.", "Okay thanks", "Wonderful, thank you!",
-            "Good job, thanks!", "ty", "Thanks again!", "Much appreciated, thank you", "Awesome, thanks",
-            "Well done, thank you", "I thank you", "Thanks, bot!", "Thanks, friend",
+            "Thank you for helping!", "Great, thank you!", "OK, thanks!", "Cool, thank you very much",
+            "Thanks so much!", "Nice, thanks!", "Well done, many thanks!", "Perfect, thanks!", "Thanks!", "Thank you!",
+            "Thanks", "Thank you", "Thanks a lot!", "Thank you very much!", "Thank you so much", "thx", "Many thanks",
+            "Great, thanks!", "Thanks for your help!", "Thank you for the help.", "Perfect, thank you!",
+            "That's right, thanks!", "Cool, thanks", "Nice, thank you", "Thanks, that helps.", "OK, thank you.",
+            "Okay thanks", "Wonderful, thank you!", "Good job, thanks!", "ty", "Thanks again!",
+            "Much appreciated, thank you", "Awesome, thanks", "Well done, thank you", "I thank you", "Thanks, bot!",
+            "Thanks, friend",
         ),
         True: (
             "Thank you for your help!", "Great, thank you very much", "OK, many thanks!", "Perfect, thanks a lot",
@@ -41,10 +45,12 @@ ASKS: dict[str, Phrases] = {
     },
     "bye": {
         False: (
-            "Bye!", "Goodbye!", "Bye", "Goodbye", "See you!", "See you later!", "Bye bye", "Good night!", "Good night",
-            "See you soon", "Take care!", "I have to go, bye!", "That's all, bye.", "Farewell", "Thanks, bye!",
-            "See you tomorrow", "OK, bye", "Bye for now", "Have a nice day!", "Talk to you later!", "Good bye",
-            "I'm leaving, goodbye.", "Later!", "Until next time", "Have a good day", "cya", "Bye, bot",
+            "OK, bye now!", "I have to leave, goodbye!", "Goodbye, see you!", "Have a good night!",
+            "Good night, see you tomorrow!", "That was all, goodbye", "Bye, have a nice day!", "Bye!", "Goodbye!",
+            "Bye", "Goodbye", "See you!", "See you later!", "Bye bye", "Good night!", "Good night", "See you soon",
+            "Take care!", "I have to go, bye!", "That's all, bye.", "Farewell", "Thanks, bye!", "See you tomorrow",
+            "OK, bye", "Bye for now", "Have a nice day!", "Talk to you later!", "Good bye", "I'm leaving, goodbye.",
+            "Later!", "Until next time", "Have a good day", "cya", "Bye, bot",
         ),
         True: (
             "OK, goodbye!", "I have to go, see you!", "Goodbye for now", "Good night, bye!", "Bye, see you later!",
@@ -53,13 +59,18 @@ ASKS: dict[str, Phrases] = {
     },
     "who": {
         False: (
-            "Who are you?", "What are you?", "What is your name?", "What's your name?", "Tell me who you are.",
-            "Are you a robot?", "Are you human?", "Are you a bot?", "Are you an AI?", "Who made you?",
-            "What model are you?", "Which model are you?", "Introduce yourself.", "Who am I talking to?",
-            "Are you ChatGPT?", "Are you DeepSeek?", "Are you a real person?", "Are you R1?", "Tell me about yourself.",
-            "How big are you?", "Your name?", "Can you tell me who you are?", "Do you have a name?",
-            "What should I call you?", "What kind of model are you?", "What are you called?", "who r u", "Who is this?",
-            "Are you a person?", "Are you a machine?", "Are you a computer?", "Say who you are", "What AI is this?",
+            "Which bot is this?", "What bot are you?", "Who is talking to me?", "Am I talking to a bot?",
+            "Am I talking to a human?", "Are you a human?", "Are you a human being or a bot?",
+            "Are you a machine or a person?", "Is this a robot?", "Is this a human?", "Tell me your name please",
+            "Could you tell me who you are?", "May I ask your name?", "Do I talk to a machine?",
+            "Tell me what you are called.", "What are you exactly, a robot?", "So what are you?", "Who are you?",
+            "What are you?", "What is your name?", "What's your name?", "Tell me who you are.", "Are you a robot?",
+            "Are you human?", "Are you a bot?", "Are you an AI?", "Who made you?", "What model are you?",
+            "Which model are you?", "Introduce yourself.", "Who am I talking to?", "Are you ChatGPT?",
+            "Are you DeepSeek?", "Are you a real person?", "Are you R1?", "Tell me about yourself.", "How big are you?",
+            "Your name?", "Can you tell me who you are?", "Do you have a name?", "What should I call you?",
+            "What kind of model are you?", "What are you called?", "who r u", "Who is this?", "Are you a person?",
+            "Are you a machine?", "Are you a computer?", "Say who you are", "What AI is this?",
             "Please introduce yourself.", "Could you introduce yourself?", "Are you GPT?", "Are you real?",
             "What exactly are you?", "And who are you?", "I don't know who you are", "Which AI are you?",
             "Are you intelligent?", "How many parameters do you have?", "How large is your model?",
@@ -72,6 +83,11 @@ ASKS: dict[str, Phrases] = {
     },
     "can": {
         False: (
+            "What things can you do?", "What are you good at doing?", "Tell me what you know.",
+            "Tell me what you can help with.", "What are you able to answer?", "Which problems can you do?",
+            "What can you do for me?", "What can I use this for?", "Could you help me?", "Do you know how to subtract?",
+            "Can you help me with numbers?", "What kind of things can you do?", "What should I ask?",
+            "How could you help me?", "Can you help me with a math problem?", "What sort of questions do you answer?",
             "What can you do?", "What do you do?", "Help", "Help!", "Help me", "How can you help me?",
             "What are you good at?", "What can I ask you?", "What can you help me with?", "What do you know?",
             "What are your abilities?", "What kind of questions can you answer?", "Can you help me?", "Can you add?",
@@ -94,12 +110,14 @@ ASKS: dict[str, Phrases] = {
     },
     "how": {
         False: (
-            "How are you?", "How are you doing?", "How are you today?", "How do you feel?", "How is it going?",
-            "How's it going?", "Are you OK?", "Are you fine?", "How are things?", "Hi, how are you?",
-            "Hello, how are you?", "Hey, how are you doing?", "Hello! How are you today?", "Good morning, how are you?",
-            "how r u", "I'm fine, and you?", "How have you been?", "Are you well?", "How do you do?", "Are you okay?",
-            "How was your day?", "And how are you?", "I am good. How are you?", "Are you having a good day?",
-            "Hope you are well",
+            "How are you doing today?", "Good evening! How are you?", "Hello there, how are you?",
+            "How are things with you?", "So how are you doing?", "Are you doing fine?", "Are you doing well?",
+            "Hi there! How is it going?", "How are you?", "How are you doing?", "How are you today?",
+            "How do you feel?", "How is it going?", "How's it going?", "Are you OK?", "Are you fine?",
+            "How are things?", "Hi, how are you?", "Hello, how are you?", "Hey, how are you doing?",
+            "Hello! How are you today?", "Good morning, how are you?", "how r u", "I'm fine, and you?",
+            "How have you been?", "Are you well?", "How do you do?", "Are you okay?", "How was your day?",
+            "And how are you?", "I am good. How are you?", "Are you having a good day?", "Hope you are well",
         ),
         True: (
             "Hey there, how are you?", "How are things going?", "Hello there, how are you doing today?",
@@ -108,6 +126,8 @@ ASKS: dict[str, Phrases] = {
     },
     "ok": {
         False: (
+            "Good, good", "Nice work!", "That is nice!", "That's good", "OK good", "OK, nice", "Very well done!",
+            "Wow, great!", "Yes, that is correct!", "Yes, good!", "That was good!", "Great, good work!", "Well, nice",
             "OK", "Okay", "Great!", "Good", "Nice!", "Cool", "Wow", "Wow!", "Good job!", "Well done!", "Perfect!",
             "Excellent!", "Awesome!", "I see.", "Right.", "That is right.", "Correct!", "That's correct.", "Amazing!",
             "You are smart!", "Very good!", "Yes", "Good work", "Great job!", "Interesting.", "Got it.", "Alright",

@@ -96,6 +96,25 @@ def answer(model: TinyR1, tokenizer: Tokenizer, examples: Sequence[Example], bat
     return [found[i] for i in range(len(prompts))]
 
 
+@torch.inference_mode()
+def mtp_agreement(model: TinyR1, tokenizer: Tokenizer, examples: Sequence[Example]) -> float:
+    """How often the MTP layer's guess is the main model's next greedy token, over greedy replies."""
+    agreed = guessed = 0
+    for example, (reply, _) in zip(examples, answer(model, tokenizer, examples), strict=True):
+        prompt = tokenizer.encode(render(example.messages)).ids
+        tokens = torch.tensor([prompt + tokenizer.encode(reply).ids])
+        length = tokens.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        context = model.context(torch.arange(length).unsqueeze(0), mask[None, None])
+        hidden = model(tokens, context)
+        main = model.lm_head(hidden).argmax(-1)[0]
+        guess = model.predict_second(hidden, tokens.roll(-1, 1), context).argmax(-1)[0]
+        # The guess at i, which knows token i + 1, against the main model's choice at i + 1.
+        same = guess[len(prompt) - 1 : length - 1] == main[len(prompt) : length]
+        agreed, guessed = agreed + int(same.sum()), guessed + len(same)
+    return agreed / max(1, guessed)
+
+
 def held_out_examples(task: str, count: int, seed: int) -> list[Example]:
     """Distinct questions of a task, operands and phrasing held out."""
     rng = random.Random(f"held out {seed} {task}")
@@ -146,9 +165,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="an exported model")
     parser.add_argument("--count", type=int, default=200, help="questions of each task")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=tuple(TASKS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--activations-fp8", action="store_true", help="quantise activations 1x128 as a GPU would")
     parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print N wrong replies of each task")
+    parser.add_argument("--mtp", action="store_true", help="print how often the MTP layer guesses right instead")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="show the replies to these instead")
@@ -168,6 +188,11 @@ def main() -> None:
         examples = [Example("", ({"role": "user", "content": text},), "", "", "") for text in args.ask]
         for text, (reply, _) in zip(args.ask, answer(model, tokenizer, examples), strict=True):
             print(f"> {text}\n{reply}\n")
+        return
+    if args.mtp:
+        for task in args.tasks:
+            share = mtp_agreement(model, tokenizer, held_out_examples(task, args.count, args.seed))
+            print(f"{task:<16}{share:>8.3f}")
         return
     started = time.monotonic()
     scores = evaluate(model, tokenizer, args.tasks, args.count, args.seed, args.show_wrong)

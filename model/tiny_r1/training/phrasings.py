@@ -11,6 +11,12 @@ Phrases = dict[bool, tuple[str, ...]]
 # {e} is an expression such as "17 + 25" or "the sum of 17 and 25".
 FRAMES: Phrases = {
     False: (
+        "What number is the result of {e}?", "Could you find {e}?", "I can't do {e}.", "I don't know {e}.",
+        "My question: {e}?", "What does {e} give?", "What will {e} be?", "Try to work out {e}.",
+        "Please calculate {e} for me.", "Please work out {e}.", "Do you know what {e} makes?",
+        "Can you find out what {e} is?", "Could you tell me how much {e} is?", "The answer for {e}?", "Solve this: {e}",
+        "This one: {e}", "{e} gives what?", "Let me see what {e} is.", "Compute this for me: {e}",
+        "Do you know the result of {e}?", "What number does {e} make?", "Would you tell me {e}?",
         "What is {e}?", "What is {e}?", "What is {e}?", "What's {e}?", "What's {e}?", "{e}", "{e}", "{e} = ?", "{e} =",
         "{e}=?", "{e}?", "Calculate {e}.", "Compute {e}.", "How much is {e}?", "Work out {e}.", "Find {e}.",
         "Solve {e}.", "Evaluate {e}.", "Tell me {e}.", "Tell me what {e} is.", "Can you calculate {e}?",
@@ -48,6 +54,7 @@ FORMS: dict[str, Phrases] = {
     },
     "-": {
         False: (
+            "{a} minus {b}", "{a} with {b} off", "taking away {b} from {a}",
             "{a} - {b}", "{a} - {b}", "{a} - {b}", "{a}-{b}", "{a}-{b}", "{a} minus {b}", "{a} minus {b}",
             "the difference of {a} and {b}", "{a} take away {b}", "{b} subtracted from {a}", "{b} less than {a}",
             "{a} -{b}", "{a} – {b}", "{a} less {b}", "{a} decreased by {b}", "{b} taken from {a}",
@@ -59,6 +66,7 @@ FORMS: dict[str, Phrases] = {
     },
     "*": {
         False: (
+            "{a}*{b}", "{a}x{b}", "the product of {a} times {b}",
             "{a} * {b}", "{a} * {b}", "{a}*{b}", "{a}*{b}", "{a} x {b}", "{a} x {b}", "{a}x{b}", "{a} × {b}", "{a}×{b}",
             "{a} times {b}", "{a} times {b}", "{a} times {b}", "{a} multiplied by {b}", "the product of {a} and {b}",
             "{a} X {b}", "{a} and {b} multiplied", "{a} lots of {b}", "multiplying {a} by {b}", "{a} · {b}",
@@ -74,6 +82,9 @@ FORMS: dict[str, Phrases] = {
 SENTENCES: dict[str, Phrases] = {
     "+": {
         False: (
+            "Could you add {a} and {b}?", "How much is it when I add {a} and {b}?",
+            "If {b} is added to {a}, what do you get?", "If you add {a} to {b}, how much is it?",
+            "I add {a} and {b}. What is the total?", "Please add {a} and {b} up.", "You have {a}. Add {b}.",
             "Add {a} and {b}.", "Add {b} to {a}.", "Add {a} and {b} together.", "Sum {a} and {b}.",
             "Add up {a} and {b}.", "If I add {a} and {b}, what do I get?", "What do you get when you add {a} and {b}?",
             "Please add {a} to {b}.", "Start with {a} and add {b}.", "What is the sum of {a} and {b}?",
@@ -89,12 +100,18 @@ SENTENCES: dict[str, Phrases] = {
     },
     "-": {
         False: (
-            "Subtract {b} from {a}.", "Take {b} away from {a}.", "Take {b} from {a}.", "Subtract {b} from {a}, please.",
-            "If I take {b} from {a}, what is left?", "What is left if I take {b} away from {a}?",
-            "What do you get when you subtract {b} from {a}?", "Start with {a} and subtract {b}.",
-            "Start with {a} and take away {b}.", "What is the difference between {a} and {b}?",
-            "How much is left when {b} is subtracted from {a}?", "Remove {b} from {a}.",
-            "Can you subtract {b} from {a}?", "Decrease {a} by {b}.", "Reduce {a} by {b}.", "Deduct {b} from {a}.",
+            "Could you take {b} away from {a}?", "If {b} is taken away from {a}, what is left?",
+            "I subtract {b} from {a}. What is the result?", "How much of {a} is left if I take {b}?",
+            "Could you subtract {b} from {a}?", "When you take {b} from {a}, what is left?",
+            "You have {a}. Take away {b}.", "I take {b} off {a}. What is left?",
+            "Take {b} off {a}.", "What is {a} with {b} off?", "{a} take {b} away", "Take away {b} from {a}.",
+            "What remains of {a} without {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}.",
+            "Take {b} from {a}.", "Subtract {b} from {a}, please.", "If I take {b} from {a}, what is left?",
+            "What is left if I take {b} away from {a}?", "What do you get when you subtract {b} from {a}?",
+            "Start with {a} and subtract {b}.", "Start with {a} and take away {b}.",
+            "What is the difference between {a} and {b}?", "How much is left when {b} is subtracted from {a}?",
+            "Remove {b} from {a}.", "Can you subtract {b} from {a}?", "Decrease {a} by {b}.", "Reduce {a} by {b}.",
+            "Deduct {b} from {a}.",
         ),
         True: (
             "Could you take {b} off {a}?", "When {b} is taken away from {a}, what do you get?",
@@ -104,6 +121,10 @@ SENTENCES: dict[str, Phrases] = {
     },
     "*": {
         False: (
+            "Could you multiply {a} by {b}?", "Multiply {a} and {b} together.",
+            "If {a} is multiplied by {b}, what is it?", "I multiply {a} by {b}. What is the result?",
+            "You take {a} and multiply it by {b}.", "Can you multiply {a} and {b} together?",
+            "What is the result when you multiply {a} by {b}?", "You have {a}. Multiply by {b}.",
             "Multiply {a} by {b}.", "Multiply {a} and {b}.", "Multiply {a} with {b}.", "Can you multiply {a} by {b}?",
             "What do you get when you multiply {a} by {b}?", "If I multiply {a} by {b}, what do I get?",
             "What is the product of {a} and {b}?", "Find the product of {a} and {b}.",
@@ -122,6 +143,9 @@ SENTENCES: dict[str, Phrases] = {
 # Three numbers, for sums only; everything else with three numbers is written with operators.
 SUMS_OF_THREE: Phrases = {
     False: (
+        "Could you add {a}, {b} and {c}?", "Please add up {a}, {b} and {c} for me.",
+        "If I add up {a}, {b} and {c}, what do I get?", "Work out the sum of {a}, {b} and {c}.",
+        "How much is {a}, {b} and {c} added up?",
         "Add {a}, {b} and {c}.", "What is the sum of {a}, {b} and {c}?", "Sum up {a}, {b} and {c}.",
         "What do {a}, {b} and {c} make together?", "Add up {a}, {b}, {c}.", "the sum of {a}, {b}, and {c}",
         "What is the total of {a}, {b} and {c}?", "How much are {a}, {b} and {c} together?", "Add {a} and {b} and {c}.",
@@ -137,6 +161,10 @@ SUMS_OF_THREE: Phrases = {
 # {x} and {y} are the numbers in the order they are mentioned.
 COMPARE_LARGER: Phrases = {
     False: (
+        "Tell me which number is bigger, {x} or {y}.", "Given {x} and {y}, which is larger?",
+        "Between {x} and {y}, which is greater?", "Can you say which is bigger: {x} or {y}?",
+        "Can you tell me which is larger, {x} or {y}?", "I have {x} and {y}. Which is greater?",
+        "The numbers are {x} and {y}. Which one is bigger?",
         "Which is bigger, {x} or {y}?", "Which is larger: {x} or {y}?", "Which number is greater, {x} or {y}?",
         "What is bigger, {x} or {y}?", "Which one is larger, {x} or {y}?", "{x} or {y}, which is bigger?",
         "Is {x} or {y} bigger?", "Tell me which is larger, {x} or {y}.", "Compare {x} and {y}. Which is larger?",
@@ -152,6 +180,10 @@ COMPARE_LARGER: Phrases = {
 }  # fmt: skip
 COMPARE_SMALLER: Phrases = {
     False: (
+        "Tell me which number is smaller, {x} or {y}.", "Given {x} and {y}, which is less?",
+        "Between {x} and {y}, which is smaller?", "Can you say which is smaller: {x} or {y}?",
+        "Can you tell me which is less, {x} or {y}?", "I have {x} and {y}. Which is smaller?",
+        "The numbers are {x} and {y}. Which one is smaller?",
         "Which is smaller, {x} or {y}?", "Which is less: {x} or {y}?", "Which number is smaller, {x} or {y}?",
         "What is smaller, {x} or {y}?", "Which one is smaller, {x} or {y}?", "{x} or {y}, which is smaller?",
         "Is {x} or {y} smaller?", "Tell me which is smaller, {x} or {y}.", "Compare {x} and {y}. Which is smaller?",
@@ -165,6 +197,10 @@ COMPARE_SMALLER: Phrases = {
 }  # fmt: skip
 COMPARE_YES_NO_LARGER: Phrases = {
     False: (
+        "Tell me if {x} is bigger than {y}.", "Tell me whether {x} is larger than {y}.",
+        "Can you say if {x} is greater than {y}?", "I think {x} is bigger than {y}. Is that right?",
+        "Do you believe {x} is larger than {y}?", "Can you check if {x} is greater than {y}?",
+        "I want to know if {x} is larger than {y}.",
         "Is {x} bigger than {y}?", "Is {x} greater than {y}?", "Is {x} larger than {y}?", "Is {x} more than {y}?",
         "Is {x} > {y}?", "{x} > {y}?", "Is it true that {x} is larger than {y}?", "True or false: {x} > {y}",
         "Is the number {x} greater than {y}?", "Would you say {x} is bigger than {y}?",
@@ -176,6 +212,10 @@ COMPARE_YES_NO_LARGER: Phrases = {
 }  # fmt: skip
 COMPARE_YES_NO_SMALLER: Phrases = {
     False: (
+        "Tell me if {x} is smaller than {y}.", "Tell me whether {x} is less than {y}.",
+        "Can you say if {x} is smaller than {y}?", "I think {x} is smaller than {y}. Is that right?",
+        "Do you believe {x} is less than {y}?", "Can you check if {x} is smaller than {y}?",
+        "I want to know if {x} is less than {y}.",
         "Is {x} smaller than {y}?", "Is {x} less than {y}?", "Is {x} < {y}?", "{x} < {y}?", "Is {x} lower than {y}?",
         "Is it true that {x} is smaller than {y}?", "True or false: {x} < {y}", "Is the number {x} less than {y}?",
     ),
@@ -187,6 +227,8 @@ COMPARE_YES_NO_SMALLER: Phrases = {
 
 PREFIXES: Phrases = {
     False: (
+        "Hi, a question: ", "Another one: ", "OK, next: ", "Thanks! Next question: ", "Sorry, one question: ",
+        "Good evening. ", "Hello, please ", "Hi, please ", "Alright. ", "Well, one more question: ",
         "Please ", "please, ", "Hey, ", "Hi, ", "Hi! ", "Hello, ", "Hello! ", "OK, ", "Ok ", "Okay, ", "So, ", "Well, ",
         "Now, ", "Hey! ", "Excuse me, ", "Sorry, ", "Hi there, ", "Good morning, ", "Thanks! ", "Great, ",
         "Quick question: ", "I have a question: ", "One more: ", "Next one: ", "Um, ", "Next, ", "Good. ",

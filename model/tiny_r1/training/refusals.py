@@ -46,6 +46,10 @@ _EXPRESSIONS: Phrases = {
 
 _NEAR_MISSES: Phrases = {
     False: (
+        "{n} splits {a} {o} between {k} friends. How many does each get?",
+        "{n} divides {a} {o} into {k} piles. How many are in each?", "What is {a} split into {k} parts?",
+        "Could you divide {a} by {k}?", "Could you multiply {h} by {t}?",
+        "If you add {a}, {b}, {c} and {a2}, what do you get?",
         "Share {a} {o} among {k} kids.", "Share {a} {o} between {k} people.", "How many legs do {k} dogs have?",
         "How many wheels do {k} cars have?", "If {k} people share {a} {o}, how many does each person get?",
         "Cut {a} {o} into {k} equal parts.", "{n} is {a}. In how many years is {n} {big}?",
@@ -101,6 +105,8 @@ _NEAR_MISSES: Phrases = {
 # {x} a topic, {y} another, {n} a name.
 _WORLD: Phrases = {
     False: (
+        "How are {x} made?", "How is {x} produced?", "How do people make {x}?", "Is {x} good or bad?",
+        "Where does {x} come from?", "Could you write a poem about {x}?",
         "What is the capital of {x}?", "Where is {x}?", "Who is {x}?", "What is {x}?", "What are {x}?",
         "Tell me about {x}.", "Explain {x}.", "Write a poem about {x}.", "Write a story about {x}.",
         "Tell me a story about {x}.", "Tell me a joke.", "Tell me a joke about {x}.", "Write an essay about {x}.",

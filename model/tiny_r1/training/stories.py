@@ -11,17 +11,18 @@ from .words import CONTAINERS_ALL, NAMES_BY, OBJECTS_BY, PLACES_ALL, plural
 
 @dataclass(frozen=True)
 class Story:
-    """A word problem: its text, the calculation it amounts to, and what is counted."""
+    """A word problem: its text, and the calculation it amounts to."""
 
     text: str
     numbers: tuple[int, ...]
     operators: str
-    counted: str
 
 
 # {n} a person, {m} another, {o} what is counted, {a}/{b}/{c} numbers, {p} a place. Verbs: "buy/buys/bought".
 _STARTS: Phrases = {
     False: (
+        "In total {n} has {a} {o}", "{n} first had {a} {o}", "{n} had {a} {o} at first",
+        "There are {a} {o} near the {p}", "At the {p} there are {a} {o}",
         "{n} has {a} {o}", "{n} had {a} {o}", "{n} has {a} {o}", "{n} owns {a} {o}", "{n} starts with {a} {o}",
         "There are {a} {o} in the {p}", "There were {a} {o} in a {p}", "{n} bought {a} {o}", "{n} found {a} {o}",
         "{n} has got {a} {o}", "{n} collected {a} {o}", "{n} made {a} {o}", "A {p} has {a} {o}", "The {p} had {a} {o}",
@@ -34,6 +35,9 @@ _STARTS: Phrases = {
 }  # fmt: skip
 _SELF_STARTS: Phrases = {
     False: (
+        "I started with {a} {o}",
+        "I made {a} {o}",
+        "I found {a} {o}",
         "I have {a} {o}",
         "I had {a} {o}",
         "I have got {a} {o}",
@@ -53,6 +57,10 @@ _GAINS: Phrases = {
 }  # fmt: skip
 _GAIN_TAILS: Phrases = {
     False: (
+        "{b} more of the {o}",
+        "{b} {o} more",
+        "an additional {b} {o}",
+        "{b} more {o}",
         "{b} more",
         "{b} more",
         "{b} more {o}",
@@ -65,6 +73,10 @@ _GAIN_TAILS: Phrases = {
 }
 _GIFTS: Phrases = {
     False: (
+        "{m} gives {b} more to {t}",
+        "{m} gives {b} {o} to {t}",
+        "{m} gave another {b} to {t}",
+        "{m} brought {b} more {o} to {t}",
         "{m} gives {t} {b} more",
         "{m} gave {t} {b} more {o}",
         "{m} brings {t} another {b}",
@@ -96,11 +108,11 @@ _ARRIVALS: Phrases = {
 }  # fmt: skip
 _DEPARTURES: Phrases = {
     False: (
-        "{b} leave/{b} left", "{b} of them leave/{b} of them left", "{b} go away/{b} went away",
-        "{b} get off/{b} got off", "{b} fly away/{b} flew away", "{b} are sold/{b} were sold",
-        "{b} are taken away/{b} were taken away", "{b} get lost/{b} got lost",
-        "{b} {o} are removed/{b} {o} were removed", "someone takes {b}/someone took {b}", "{b} break/{b} broke",
-        "{b} go home/{b} went home",
+        "someone removes {b}/someone removed {b}", "{b} of the {o} leave/{b} of the {o} left", "{b} leave/{b} left",
+        "{b} of them leave/{b} of them left", "{b} go away/{b} went away", "{b} get off/{b} got off",
+        "{b} fly away/{b} flew away", "{b} are sold/{b} were sold", "{b} are taken away/{b} were taken away",
+        "{b} get lost/{b} got lost", "{b} {o} are removed/{b} {o} were removed", "someone takes {b}/someone took {b}",
+        "{b} break/{b} broke", "{b} go home/{b} went home",
     ),
     True: (
         "{b} {o} leave/{b} {o} left", "{b} of the {o} are taken away/{b} of the {o} were taken away",
@@ -117,6 +129,8 @@ _ADVERBIALS: Phrases = {
 }  # fmt: skip
 _PRESENTS: Phrases = {
     False: (
+        "send/sends/sent {b} to {m}",
+        "send/sends/sent {b} {o} to {m}",
         "give/gives/gave {b} to {m}",
         "give/gives/gave {m} {b} {o}",
         "give/gives/gave {m} {b}",
@@ -129,6 +143,8 @@ _PRESENTS: Phrases = {
 }
 _ASK_NOW: Phrases = {
     False: (
+        "So how many {o} are there now?", "How many {does} {t} have now?", "Now how many {o} {does} {t} have?",
+        "In the end, how many {o} are there?",
         "How many {o} {does} {t} have now?", "How many {o} are there now?", "How many {o} {does} {t} have?",
         "How many now?", "How many {does} {t} have in the end?", "What is the number of {o} now?",
         "How many {o} is that?", "How many {o} are there?",
@@ -137,6 +153,7 @@ _ASK_NOW: Phrases = {
 }  # fmt: skip
 _ASK_TOTAL: Phrases = {
     False: (
+        "What is the total of {o}?", "In all, how many {o} are there?",
         "How many {o} {does} {t} have in total?", "How many {o} are there in total?", "How many altogether?",
         "What is the total?", "How many {o} in all?", "How many {o} {does} {t} have altogether?",
         "How many {o} in total?",
@@ -147,6 +164,7 @@ _ASK_TOTAL: Phrases = {
 }  # fmt: skip
 _ASK_LEFT: Phrases = {
     False: (
+        "How many are still there?", "So how many {o} are left?", "Then how many {o} are left?",
         "How many are left?", "How many {o} are left?", "How many {o} {does} {t} have left?",
         "How many {does} {t} have left?", "How many remain?", "How many {o} remain?", "What is left?",
         "How many {o} {does} {t} still have?",
@@ -156,6 +174,14 @@ _ASK_LEFT: Phrases = {
 # a groups of b; {g} one group, {gs} groups.
 _PRODUCTS: Phrases = {
     False: (
+        "In each {g} there are {b} {o}. How many {o} are in {a} {gs}?",
+        "Every {g} contains {b} {o}. How many {o} do {a} {gs} contain?",
+        "{n} puts {b} {o} into each of {a} {gs}. How many {o} is that?",
+        "{n} bought {a} {gs} and there are {b} {o} in each. How many {o} is that?",
+        "There are {a} {gs} of {o}, {b} in each. How many {o} are there?",
+        "In {a} {gs} there are {b} {o} each. How many {o} in total?",
+        "A {g} has {b} {o}. How many {o} do {a} {gs} have?",
+        "I bought {a} {gs} with {b} {o} in each {g}. How many {o} is that?",
         "{n} has {a} {gs} with {b} {o} each. How many {o} {does} {t} have?",
         "{n} has {a} {gs} of {b} {o}. How many {o} is that?",
         "There are {a} {gs} with {b} {o} in each {g}. How many {o} are there?",
@@ -199,6 +225,9 @@ _PRODUCTS: Phrases = {
 # Two people: together, and the difference (a >= b).
 _TOGETHER: Phrases = {
     False: (
+        "How many {o} do {n} and {m} have together if {n} has {a} and {m} has {b}?",
+        "{n} collected {a} {o}, {m} collected {b}. How many is that in total?",
+        "If {n} has {a} {o} and {m} has {b}, how many is that together?",
         "{n} has {a} {o} and {m} has {b}. How many {o} do they have together?",
         "{n} has {a} {o}. {m} has {b} {o}. How many in total?",
         "{n} has {a} {o} and {m} has {b} {o}. How many {o} do they have in total?",
@@ -227,6 +256,10 @@ _TOGETHER: Phrases = {
 }  # fmt: skip
 _DIFFERENCE: Phrases = {
     False: (
+        "Of {a} {o}, {b} are blue. How many are not blue?",
+        "{n} has {a} {o}, {m} only {b}. How many more does {n} have?",
+        "How many more {o} has {n} than {m} if {n} has {a} and {m} {b}?",
+        "{n} needs {a} {o} but has {b}. How many more does {n} need?",
         "{n} has {a} {o} and {m} has {b}. How many more {o} does {n} have?",
         "{n} has {a} {o}. {m} has {b} {o}. How many more does {n} have than {m}?",
         "{m} has {b} {o} fewer than {n}. {n} has {a} {o}. How many does {m} have?",
@@ -337,12 +370,4 @@ def write_story(rng: random.Random, numbers: tuple[int, ...], operators: str, he
         "p": rng.choice(PLACES_ALL), "t": asked, "does": does, "a": numbers[0], "b": numbers[1], "c": numbers[-1],
     }  # fmt: skip
     text = template.format(**values)
-    counted = things
-    for word in ("dollars", "pages", "years", "km"):
-        if f" {word}" in text:
-            counted = word
-    if "cost" in text:
-        counted = "dollars"
-    if "{o2}" in template:
-        counted = "things"
-    return Story(text[:1].upper() + text[1:], numbers, operators, counted)
+    return Story(text[:1].upper() + text[1:], numbers, operators)

@@ -177,15 +177,15 @@ def parse_arguments(arguments: list[str] | None = None) -> Plan:
     parser.add_argument("--length", type=int, default=352, help="tokens of a row")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adam-rate", type=float, default=3e-3)
+    parser.add_argument("--muon-rate", type=float, default=0.012)
+    parser.add_argument("--adam-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--warmup", type=int, default=40, help="steps")
-    parser.add_argument("--decay-from", type=float, default=0.5, help="share of the run after which the rate falls")
+    parser.add_argument("--decay-from", type=float, default=0.3, help="share of the run after which the rate falls")
     parser.add_argument("--mtp-weight", type=float, default=0.2)
-    parser.add_argument("--bias-rate", type=float, default=1e-3, help="step of the gate's correction bias")
+    parser.add_argument("--bias-rate", type=float, default=3e-3, help="step of the gate's correction bias")
     parser.add_argument(
-        "--quantize-from", type=float, default=0.85, help="share of the run after which weights are seen as FP8"
+        "--quantize-from", type=float, default=0.6, help="share of the run after which weights are seen as FP8"
     )
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

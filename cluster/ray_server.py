@@ -1,0 +1,223 @@
+"""`moray serve` on Ray: a Serve application on a cluster that is started for it, or on one that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..configs.deployment import Deployment
+from ..configs.errors import CheckpointError, ClusterError, ConfigError, MorayError
+from .listening import check_port, url_of
+
+logger = logging.getLogger("moray.serve")
+
+_APP = "moray"
+
+_OBJECT_STORE_BYTES = 128 << 20
+"""Ray carries no tensors here; its default, a third of the memory, would be reserved for nothing."""
+
+_SERVE_GONE_S = 60.0
+"""How long Serve may take to end its own processes."""
+
+_POLL_S = 0.05
+
+
+class RayServer:
+    """A Serve application on a Ray cluster, which is started if need be.
+
+    Args:
+        address: the cluster to join, `auto` for the one on this machine; None starts one.
+    """
+
+    def __init__(self, deployment: Deployment, address: str | None) -> None:
+        self._deployment = deployment
+        self._address = address
+        self._deployed = False
+        self._started_serve = False
+        self._keep_logs = False
+        self.url = url_of(deployment.front.host, deployment.front.port)
+
+    @property
+    def session(self) -> str:
+        """Directory of the Ray session that was started here; empty before, and on a cluster that was joined."""
+        if self._address is not None or "ray" not in sys.modules:
+            return ""
+        from ray._common.utils import get_default_ray_temp_dir
+
+        # Known by its name, which ends in this process's id: there is one as soon as Ray begins to start.
+        found = Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}")
+        return str(max(found, default=""))
+
+    def start(self) -> None:
+        """Check the checkpoint, start or join Ray, deploy, wait until it serves.
+
+        Raises:
+            MorayError: it could not be started; call `stop` all the same.
+        """
+        self._check()
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        try:
+            with _keeping_sigterm():
+                if self._address is None:
+                    self._start_ray()
+                else:
+                    ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
+            self._deploy()
+        except (ray.exceptions.RayError, RuntimeError, ConnectionError, ValueError) as error:
+            # What Ray and Serve raise when they cannot start, join or deploy.
+            if isinstance(error, MorayError):
+                raise
+            explained = start_error(f"{error}\n{self._accounts()}", logs=self.session)
+            self._keep_logs = isinstance(explained, ClusterError)
+            raise explained from error
+
+    def _check(self) -> None:
+        """Refuse what can be refused while it is still a message and not a stack of actors."""
+        from ..model.loading import open_model
+        from ..model.progress import default_progress
+        from .assembly import checkpoint_path, front_settings, host_name, router_settings, served_model
+        from .placement import even_placement
+
+        deployment = self._deployment
+        if self._address is None:
+            check_port(deployment.front.host, deployment.front.port)
+        config, _ = open_model(checkpoint_path(deployment.model), verify=deployment.verify, progress=default_progress())
+        router_settings(deployment, config)
+        served_model(deployment, config)
+        front_settings(deployment, front_id="check", behind_proxy=True)
+        even_placement(config, [host_name(i) for i in range(deployment.experts.hosts)])
+
+    def _start_ray(self) -> None:
+        import ray
+
+        experts, routers = self._deployment.experts, self._deployment.routers
+        wanted = experts.hosts * experts.cpus + routers.replicas * routers.cpus
+        ray.init(
+            address="local",
+            num_cpus=max(wanted, os.cpu_count() or 1),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+
+    def _deploy(self) -> None:
+        from ray import serve
+        from ray.serve.context import _get_global_client
+
+        from .serve_app import build
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        front = self._deployment.front
+        running = None if self._address is None else _get_global_client(raise_if_no_controller_running=False)
+        if running is None:
+            check_port(front.host, front.port)
+            self._started_serve = True
+            serve.start(proxy_location="HeadOnly", http_options={"host": front.host, "port": front.port})
+        else:
+            if _APP in serve.status().applications:
+                raise ClusterError(
+                    f"the cluster at {self._address} runs an application {_APP!r} already; remove it with "
+                    f"`serve delete {_APP}`, or start a cluster of your own by leaving out --address"
+                )
+            # Serve listens where it was told when it was started; it cannot be told anew.
+            self.url = url_of(running.http_config.host, running.http_config.port)
+        self._deployed = True
+        plain = self._deployment.model_copy(update={"verify": "headers"}).model_dump()  # checked in full already
+        serve.run(build(plain), name=_APP, route_prefix="/", blocking=False)
+
+    def _accounts(self) -> str:
+        """What Serve's deployments say of themselves: the error of a process is there, and not in what `run` raises."""
+        import ray
+        from ray import serve
+
+        if not (self._deployed and ray.is_initialized()):
+            return ""
+        application = serve.status().applications.get(_APP)
+        return "\n".join(d.message for d in application.deployments.values()) if application else ""
+
+    def stop(self) -> None:
+        """Take the application down, and whatever else of Serve and Ray was started here."""
+        if "ray" not in sys.modules:
+            return
+        import ray
+
+        if ray.is_initialized():
+            try:
+                self._take_down()
+            except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
+                # The processes are ended in any case: with Ray if it was started here, else by their owner's end.
+                logger.warning("the application did not end in order: %s", error)
+            ray.shutdown()
+        if self.session and not self._keep_logs:
+            shutil.rmtree(self.session, ignore_errors=True)
+
+    def _take_down(self) -> None:
+        from ray import serve
+
+        if self._deployed:
+            serve.delete(_APP)
+        if self._address is not None and self._started_serve and not serve.status().applications:
+            _shut_down_serve()
+
+
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Undo what `ray.init` does to SIGTERM: its handler ends the process where it stands."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _shut_down_serve() -> None:
+    """End Serve's controller and proxies.
+
+    As `serve.shutdown`, whose call to the controller stays open until the controller kills itself: Ray then prints that
+    the call has failed and will be retried for ever.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    ray.get(controller.graceful_shutdown.remote(wait=False), timeout=_SERVE_GONE_S)
+    deadline = time.monotonic() + _SERVE_GONE_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(_POLL_S)
+    raise TimeoutError(f"Serve's controller still runs after {_SERVE_GONE_S:.0f} s")
+
+
+_RAISED = re.compile(r"^(?:\S*?errors\.)?(ConfigError|CheckpointError|\w+Error): (.+)$", re.MULTILINE)
+
+
+def start_error(text: str, *, logs: str) -> MorayError:
+    """What to tell of a failure inside Ray: of all the text of Ray and Serve, the error that was raised in the process.
+
+    Args:
+        text: Ray's account, with the remote traceback.
+        logs: directory of the Ray session, if it was started here.
+    """
+    found: list[tuple[str, str]] = _RAISED.findall(text)
+    kind, message = found[-1] if found else ("", text.strip().splitlines()[0] if text.strip() else "no reason given")
+    if kind == "ConfigError":
+        return ConfigError(message)
+    if kind == "CheckpointError":
+        return CheckpointError(message)
+    where = f"; its logs are in {logs}/logs" if logs else ""
+    return ClusterError(f"the cluster did not start: {message}{where}")

@@ -1,0 +1,399 @@
+"""Fronts and routers over real sockets: what arrives, what is refused, who goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import msgpack
+import pytest
+
+from moray.actors import front_channel, router_client
+from moray.actors.deadline import Deadline
+from moray.actors.links.handshake import authenticate
+from moray.actors.messages import ClusterStatus, GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
+from moray.actors.router import Router
+from moray.actors.router_client import ClusterClient, RouterConnection
+from moray.actors.router_server import RouterServer
+from moray.actors.testing import SECRET, SETTINGS, EngineParts, random_prompt, run
+from moray.configs.errors import (
+    ClusterError,
+    ContextTooLongError,
+    ExpertsUnavailableError,
+    HandshakeError,
+    LinkError,
+    MorayError,
+    QueueFullError,
+    RequestError,
+)
+from moray.model.sampling import SamplingParams
+from moray.model.testing import write_random_checkpoint
+
+STATUS = ClusterStatus("m", 1, "ok", "", [], [])
+
+
+@pytest.fixture(scope="module")
+def read_once(tmp_path_factory: pytest.TempPathFactory) -> EngineParts:
+    return EngineParts(write_random_checkpoint(tmp_path_factory.mktemp("random"), seed=5))
+
+
+@pytest.fixture
+def parts(read_once: EngineParts) -> Iterator[EngineParts]:
+    with contextlib.closing(read_once) as parts:
+        yield parts
+
+
+class Served:
+    """A running router and its server."""
+
+    def __init__(self, parts: EngineParts, **settings: Any) -> None:
+        self.router: Router = parts.engine(2, settings=replace(SETTINGS, **settings))
+        self.router.start()
+        self.server = RouterServer(self.router, bind_host="127.0.0.1", secret=SECRET)
+
+    def close(self) -> None:
+        self.server.close()
+        self.router.stop()
+
+
+@pytest.fixture
+def served(parts: EngineParts) -> Iterator[Served]:
+    with contextlib.closing(Served(parts)) as served:
+        yield served
+
+
+def request(parts: EngineParts, name: str = "r", prompt: int = 6, **sampling: Any) -> GenerateRequest:
+    params = SamplingParams(**{"max_tokens": 8, "temperature": 0.8, "seed": 5, **sampling})
+    return GenerateRequest(name, random_prompt(parts.config, prompt, prompt), params)
+
+
+def in_loop(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(test(), 60)
+
+    asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def connected(served: Served, secret: bytes = SECRET) -> AsyncIterator[RouterConnection]:
+    connection = await RouterConnection.open("router-0", served.server.address, secret=secret, identity="front-0")
+    try:
+        yield connection
+    finally:
+        await connection.aclose()
+
+
+@contextlib.asynccontextmanager
+async def client_of(addresses: Mapping[str, str]) -> AsyncIterator[ClusterClient]:
+    async def directory() -> Mapping[str, str]:
+        return dict(addresses)
+
+    async def describe() -> ClusterStatus:
+        return STATUS
+
+    client = ClusterClient(directory, describe, secret=SECRET, front_id="front-0")
+    try:
+        await client.connect()
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up, "it never came true"
+        await asyncio.sleep(0.01)
+
+
+def test_messages_survive_the_wire() -> None:
+    sampling = SamplingParams(7, 0.5, 40, 0.9, 0.01, (1 << 64) - 1, 3, (1, 2))
+    wanted = GenerateRequest("front/1", [0, 5, 271], sampling)
+    outputs = [
+        TokenOutput("a", [1, 2], [TokenLogprobs(-0.1234567890123456789, [1], [-2.5]), TokenLogprobs(-1.0, [], [])]),
+        TokenOutput("b", [], None, "error", "é"),
+        TokenOutput("c", [3], None, "stop"),
+    ]
+
+    def through(message: list[Any]) -> list[Any]:
+        data = front_channel.encode(message)
+        assert front_channel.LENGTH.unpack(data[:4]) == (len(data) - 4,)
+        return front_channel.decode(data[4:])
+
+    assert front_channel.request_from(through(front_channel.generate_message(wanted))) == wanted
+    assert front_channel.outputs_from(through(front_channel.outputs_message(outputs))) == outputs
+    stats = RouterStats("router-0", 1, 2, broken_links=["x"])
+    kind, number, fields = through(front_channel.stats_message(3, stats))
+    assert (kind, number, RouterStats(**fields)) == ("stats", 3, stats)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestError("bad", param="top_p", code="odd"),
+        ContextTooLongError("long", param="max_tokens"),
+        QueueFullError("full", retry_after_s=2.5),
+        ExpertsUnavailableError("gone"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_refusals_come_back_as_what_they_were(error: MorayError) -> None:
+    message = front_channel.decode(front_channel.encode(front_channel.refusal_message("r", error))[4:])
+    back = front_channel.refusal_from(message)
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+    assert vars(back) == vars(error)
+
+
+def test_an_answer_is_what_the_router_gives(parts: EngineParts, served: Served) -> None:
+    expected = run(parts.engine(), [request(parts, logprobs=2)]).outputs["r"]
+
+    async def test() -> None:
+        async with connected(served) as connection:
+            assert [output async for output in connection.generate(request(parts, logprobs=2))] == expected
+            assert connection.outstanding == 0
+            stats = await connection.stats()
+            assert (stats.router_id, stats.generated_tokens) == ("router-0", 8)
+
+    in_loop(test)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kind"),
+    [({"max_tokens": 200}, ContextTooLongError), ({"top_p": 2.0}, RequestError), ({"temperature": "x"}, RequestError)],
+    ids=["too-long", "top_p", "temperature"],
+)
+def test_refusals_are_raised_at_the_front(
+    parts: EngineParts, served: Served, sampling: dict[str, Any], kind: type[RequestError]
+) -> None:
+    async def test() -> None:
+        async with connected(served) as connection:
+            with pytest.raises(kind) as refusal:
+                _ = [output async for output in connection.generate(request(parts, **sampling))]
+            assert type(refusal.value) is kind
+            assert connection.outstanding == 0
+            assert len([output async for output in connection.generate(request(parts))]) == 8, "it goes on"
+
+    in_loop(test)
+
+
+def test_another_secret_is_refused(served: Served) -> None:
+    async def test() -> None:
+        with pytest.raises(HandshakeError):
+            async with connected(served, secret=b"another secret of 16 bytes"):
+                pass
+
+    in_loop(test)
+
+
+def test_nobody_there() -> None:
+    async def test() -> None:
+        with pytest.raises(LinkError, match="cannot connect"):
+            await RouterConnection.open("router-0", "127.0.0.1:1", secret=SECRET, identity="front-0")
+
+    in_loop(test)
+
+
+@pytest.mark.parametrize("how", ["generator-closed", "connection-closed"])
+def test_a_front_that_goes_away_frees_its_pages(parts: EngineParts, served: Served, how: str) -> None:
+    async def test() -> None:
+        async with connected(served) as connection:
+            outputs = connection.generate(request(parts, max_tokens=120))
+            await anext(outputs)
+            if how == "generator-closed":
+                await outputs.aclose()
+                await eventually(lambda: served.router.stats().requests_cancelled == 1)
+        await eventually(lambda: served.router.stats().requests_cancelled == 1)
+        with contextlib.suppress(ExpertsUnavailableError, StopAsyncIteration):
+            _ = [output async for output in outputs]
+
+    in_loop(test)
+    assert served.router.pool.in_use == 0
+
+
+def test_a_cancel_is_for_ones_own_requests(parts: EngineParts, served: Served) -> None:
+    async def test() -> None:
+        async with connected(served) as one, connected(served) as two:
+            outputs = one.generate(request(parts, max_tokens=40))
+            await anext(outputs)
+            await two._send(["cancel", "r"])
+            await two.stats()
+            assert (await anext(outputs)).finish_reason is None
+            assert [o async for o in outputs][-1].finish_reason == "length"
+
+    in_loop(test)
+
+
+def test_a_lost_router_shows_in_running_answers(parts: EngineParts) -> None:
+    async def test() -> None:
+        served = Served(parts)
+        async with connected(served) as connection:
+            outputs = connection.generate(request(parts, max_tokens=120))
+            await anext(outputs)
+            await asyncio.to_thread(served.server.close)
+            with pytest.raises(ExpertsUnavailableError, match="router-0 was lost while it answered"):
+                _ = [output async for output in outputs]
+            with pytest.raises(ExpertsUnavailableError, match="router-0 is lost"):
+                await anext(connection.generate(request(parts)))
+            with pytest.raises(ClusterError, match="router-0 is lost"):
+                await connection.stats()
+        await asyncio.to_thread(served.close)
+
+    in_loop(test)
+
+
+def test_a_stopping_router_ends_answers_with_its_reason(parts: EngineParts, served: Served) -> None:
+    async def test() -> None:
+        async with connected(served) as connection:
+            outputs = connection.generate(request(parts, max_tokens=120))
+            await anext(outputs)
+            await asyncio.to_thread(served.router.stop)
+            rest = [output async for output in outputs]
+            assert (rest[-1].finish_reason, rest[-1].error) == ("error", "the router is shutting down")
+            with pytest.raises(ExpertsUnavailableError, match="shutting down"):
+                await anext(connection.generate(request(parts, "late")))
+
+    in_loop(test)
+
+
+def test_a_client_spreads_requests_and_hides_its_own_ids(parts: EngineParts) -> None:
+    several = [Served(parts), Served(parts)]
+    addresses = {f"router-{i}": served.server.address for i, served in enumerate(several)}
+
+    async def test() -> None:
+        async with client_of(addresses) as client:
+
+            async def answer(name: str) -> list[TokenOutput]:
+                return [output async for output in client.generate(request(parts, name))]
+
+            answers = await asyncio.gather(*(answer("same id") for _ in range(6)))
+            assert all(output.request_id == "same id" for outputs in answers for output in outputs)
+            assert len({tuple(t for o in outputs for t in o.token_ids) for outputs in answers}) == 1
+            status = await client.status()
+            assert (status.health, [r.requests_finished for r in status.routers]) == ("ok", [3, 3])
+
+    in_loop(test)
+    for served in several:
+        served.close()
+
+
+def test_a_restored_router_is_found_at_its_new_address(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two routers comes back, the other one stays away; neither keeps the client from the other."""
+    monkeypatch.setattr(router_client, "_RECONNECT_PAUSE_S", 0.05)
+    lost, moved = Served(parts), Served(parts)
+    addresses = {"router-0": lost.server.address, "router-1": moved.server.address}
+
+    async def test() -> None:
+        nonlocal moved
+        async with client_of(addresses) as client:
+            await asyncio.to_thread(lost.close)
+            await asyncio.to_thread(moved.close)
+            await eventually(lambda: all(c.lost is not None for c in client._connections.values()))
+            with pytest.raises(ExpertsUnavailableError, match="no router can be reached"):
+                await anext(client.generate(request(parts)))
+            status = await client.status()
+            assert status.health == "unavailable"
+            assert "router-0 is lost" in status.reason
+            moved = await asyncio.to_thread(Served, parts)
+            addresses["router-1"] = moved.server.address
+            await eventually(lambda: client._connections["router-1"].lost is None)
+            assert len([output async for output in client.generate(request(parts))]) == 8
+            assert (await client.status()).health == "degraded"
+
+    in_loop(test)
+    moved.close()
+
+
+def test_status_when_experts_are_missing(parts: EngineParts) -> None:
+    table = parts.table(2)
+    router = parts.router(table, {"expert-host-0": parts.link(parts.host("expert-host-0", table), "inline")})
+    server = RouterServer(router, bind_host="127.0.0.1", secret=SECRET)
+
+    async def test() -> None:
+        async with client_of({"router-0": server.address}) as client:
+            status = await client.status()
+            assert status.health == "unavailable"
+            assert "router-0: 8 (layer, expert) pairs unreachable" in status.reason
+
+    in_loop(test)
+    server.close()
+
+
+def raw_front(served: Served) -> socket.socket:
+    host, _, port = served.server.address.rpartition(":")
+    sock = socket.create_connection((host, int(port)), 10)
+    authenticate(
+        sock,
+        secret=SECRET,
+        identity="rogue",
+        channel=front_channel.CHANNEL,
+        initiator=True,
+        deadline=Deadline.after(10),
+    )
+    sock.settimeout(10)
+    return sock
+
+
+def framed(body: bytes) -> bytes:
+    return struct.pack("<I", len(body)) + body
+
+
+def generate_with(**changes: Any) -> bytes:
+    fields = {"id": "x", "prompt": b"\0\0\0\0", "sampling": list(asdict(SamplingParams(1)).values())} | changes
+    return framed(msgpack.packb(["generate", *fields.values()]))
+
+
+MALFORMED = {
+    "too-long": struct.pack("<I", front_channel.MAX_MESSAGE_BYTES + 1),
+    "not-msgpack": framed(b"\xc1\xc1"),
+    "empty": framed(b""),
+    "two-values": framed(b"\x01\x02"),
+    "not-a-list": framed(msgpack.packb({"a": 1})),
+    "empty-list": framed(msgpack.packb([])),
+    "no-kind": framed(msgpack.packb([1, 2])),
+    "unknown-kind": framed(msgpack.packb(["hello"])),
+    "cancel-of-nothing": framed(msgpack.packb(["cancel"])),
+    "stats-without-number": framed(msgpack.packb(["stats"])),
+    "stats-of-text": framed(msgpack.packb(["stats", "x"])),
+    "generate-short": framed(msgpack.packb(["generate", "x"])),
+    "generate-number-as-id": generate_with(id=5),
+    "generate-odd-prompt": generate_with(prompt=b"\0\0\0"),
+    "generate-list-prompt": generate_with(prompt=[1, 2]),
+    "generate-no-sampling": generate_with(sampling=[]),
+    "generate-short-sampling": generate_with(sampling=[1, ()]),
+    "generate-map-sampling": generate_with(sampling={"max_tokens": 1}),
+    "generate-long-sampling": generate_with(sampling=[1] * 20),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_message_drops_that_front_only(parts: EngineParts, served: Served, case: str) -> None:
+    async def test() -> None:
+        async with connected(served) as good:
+            running = good.generate(request(parts, max_tokens=60))
+            await anext(running)
+            with contextlib.closing(raw_front(served)) as sock:
+                sock.sendall(MALFORMED[case])
+                assert await asyncio.to_thread(sock.recv, 1) == b"", "the connection is closed without an answer"
+            assert len([output async for output in running]) == 59
+
+    in_loop(test)
+
+
+def test_an_id_twice_from_one_front_drops_it(parts: EngineParts, served: Served) -> None:
+    with contextlib.closing(raw_front(served)) as sock:
+        message = front_channel.encode(front_channel.generate_message(request(parts, max_tokens=120)))
+        sock.sendall(message + message)
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(1 << 16):
+                pass
+    give_up = time.monotonic() + 20
+    while served.router.busy and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert not served.router.busy

@@ -1,0 +1,309 @@
+"""The router: every request ends exactly once, and for the reason it should."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moray.actors.messages import GenerateRequest, TokenOutput
+from moray.actors.router import Router
+from moray.actors.testing import SETTINGS, EngineParts, Recorder, random_prompt, run
+from moray.configs.errors import ContextTooLongError, ExpertsUnavailableError, QueueFullError, RequestError
+from moray.model.loading import load_experts, open_model
+from moray.model.reference import reference_logits
+from moray.model.sampling import SamplingParams
+from moray.model.testing import write_random_checkpoint
+from moray.model.weights import mlp_weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("random"), seed=5)
+
+
+@pytest.fixture(scope="module")
+def read_once(checkpoint: Path) -> EngineParts:
+    return EngineParts(checkpoint)
+
+
+@pytest.fixture
+def parts(read_once: EngineParts) -> Iterator[EngineParts]:
+    with contextlib.closing(read_once) as parts:
+        yield parts
+
+
+def request(parts: EngineParts, name: str = "r", prompt: int = 6, **sampling: Any) -> GenerateRequest:
+    params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, **sampling})
+    return GenerateRequest(name, random_prompt(parts.config, len(name) + prompt, prompt), params)
+
+
+def test_ends_at_max_tokens(parts: EngineParts) -> None:
+    recorder = run(parts.engine(), [request(parts, max_tokens=5)])
+    assert len(recorder.tokens("r")) == 5
+    assert recorder.outputs["r"][-1].finish_reason == "length"
+    assert [o.finish_reason for o in recorder.outputs["r"][:-1]] == [None] * 4
+
+
+def test_ends_after_a_stop_token_which_is_reported(parts: EngineParts) -> None:
+    tokens = run(parts.engine(), [request(parts, max_tokens=12)]).tokens("r")
+    stop = tokens[4]
+    recorder = run(parts.engine(), [request(parts, max_tokens=12, stop_token_ids=(stop, 271))])
+    assert recorder.tokens("r") == tokens[: tokens.index(stop) + 1]
+    assert recorder.outputs["r"][-1].finish_reason == "stop"
+
+
+def test_a_stop_token_that_is_also_the_last_counts_as_stop(parts: EngineParts) -> None:
+    first = run(parts.engine(), [request(parts, max_tokens=1)]).tokens("r")[0]
+    recorder = run(parts.engine(), [request(parts, max_tokens=1, stop_token_ids=(first,))])
+    assert recorder.outputs["r"] == [TokenOutput("r", [first], None, "stop")]
+
+
+def test_fills_the_context_to_the_last_token(parts: EngineParts) -> None:
+    recorder = run(parts.engine(), [request(parts, prompt=100, max_tokens=28)])
+    assert len(recorder.tokens("r")) == 28
+
+
+SAMPLING_REFUSALS: dict[str, dict[str, Any]] = {
+    "max_tokens": {"max_tokens": 0},
+    "max_tokens-text": {"max_tokens": "8"},
+    "temperature": {"temperature": -0.5},
+    "temperature-nan": {"temperature": math.nan},
+    "temperature-infinite": {"temperature": math.inf},
+    "temperature-text": {"temperature": "hot"},
+    "top_k": {"top_k": -1},
+    "top_k-number": {"top_k": 2.5},
+    "top_p": {"top_p": 1.5},
+    "top_p-nan": {"top_p": math.nan},
+    "min_p": {"min_p": -0.1},
+    "seed": {"seed": 1 << 64},
+    "seed-none": {"seed": None},
+    "logprobs": {"logprobs": -1},
+    "logprobs-bool": {"logprobs": True},
+    "stop_token_ids": {"stop_token_ids": ("a",)},
+}
+
+
+@pytest.mark.parametrize("case", SAMPLING_REFUSALS)
+def test_sampling_that_cannot_be_is_refused(parts: EngineParts, case: str) -> None:
+    router, recorder = parts.engine(), Recorder()
+    field = case.split("-")[0]
+    with pytest.raises(RequestError, match=field) as refusal:
+        router.submit(request(parts, **SAMPLING_REFUSALS[case]), recorder)
+    assert refusal.value.param == field
+    assert not router.busy
+    assert recorder.outputs == {}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"), [([], "no tokens"), ([272], "272"), ([-1], "-1"), ([1.5], "1.5"), (["a"], "'a'")], ids=str
+)
+def test_prompts_that_cannot_be_are_refused(parts: EngineParts, tokens: list[Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        parts.engine().submit(GenerateRequest("r", tokens, SamplingParams(4)), Recorder())
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [(129, 1), (128, 1), (64, 65)])
+def test_what_does_not_fit_the_context_is_refused(parts: EngineParts, prompt: int, max_tokens: int) -> None:
+    with pytest.raises(ContextTooLongError, match=f"{prompt} prompt tokens and max_tokens = {max_tokens}"):
+        parts.engine().submit(request(parts, prompt=prompt, max_tokens=max_tokens), Recorder())
+
+
+def test_a_full_queue_refuses_until_it_drains(parts: EngineParts) -> None:
+    router = parts.engine(settings=replace(SETTINGS, max_waiting=3, max_running=1))
+    recorder = Recorder()
+    for name in "abc":
+        assert router.has_room
+        router.submit(request(parts, name), recorder)
+    assert not router.has_room
+    with pytest.raises(QueueFullError, match="3 requests are waiting") as refusal:
+        router.submit(request(parts, "d"), recorder)
+    assert refusal.value.retry_after_s >= 1
+    router.step()  # one runs now, two wait
+    router.submit(request(parts, "d"), recorder)
+    with pytest.raises(QueueFullError):
+        router.submit(request(parts, "e"), recorder)
+    while router.busy:
+        router.step()
+    assert {name for name in "abcde" if recorder.end(name)} == set("abcd")
+
+
+def test_a_request_id_in_use_is_refused(parts: EngineParts) -> None:
+    router, recorder = parts.engine(), Recorder()
+    router.submit(request(parts), recorder)
+    with pytest.raises(RequestError, match="'r' is in use"):
+        router.submit(request(parts), recorder)
+    router.step()
+    with pytest.raises(RequestError, match="'r' is in use"):
+        router.submit(request(parts), recorder)
+    while router.busy:
+        router.step()
+    assert len(recorder.tokens("r")) == 8
+    run(router, [request(parts)])  # free again
+
+
+@pytest.mark.parametrize("when", ["in-the-inbox", "waiting", "prefilling", "decoding"])
+def test_cancelling_ends_once_and_frees_the_pages(parts: EngineParts, when: str) -> None:
+    router, recorder = parts.engine(settings=replace(SETTINGS, token_budget=16, max_running=1)), Recorder()
+    if when == "waiting":
+        router.submit(request(parts, "other", prompt=50), recorder)
+    router.submit(request(parts, "gone", prompt=40), recorder)
+    for _ in range({"in-the-inbox": 0, "waiting": 1, "prefilling": 2, "decoding": 4}[when]):
+        router.step()
+    router.cancel("gone")
+    router.cancel("gone")
+    while router.busy:
+        router.step()
+    end = recorder.end("gone")
+    assert end == TokenOutput("gone", finish_reason="cancelled")
+    assert bool(recorder.tokens("gone")) == (when == "decoding")
+    assert router.pool.in_use == 0
+    router.cancel("gone")  # after its end: left alone
+    assert not router.step()
+    assert router.stats().requests_cancelled == 1
+
+
+@pytest.mark.parametrize("count", [0, 3, 500])
+def test_logprobs_are_those_of_the_model(parts: EngineParts, count: int) -> None:
+    config, opened = open_model(parts.checkpoint)
+    slots = [(layer, e) for layer in config.moe_layers for e in range(config.n_routed_experts)]
+    stored, _ = load_experts(opened, config, slots)
+    experts: dict[int, Any] = {}
+    for (layer, expert), weights in stored.items():
+        experts.setdefault(layer, {})[expert] = mlp_weights(weights, torch.float32)
+    # Temperature and filters choose the token; the probabilities reported are the model's own.
+    wanted = request(parts, logprobs=count, temperature=0.7, top_k=5, seed=3)
+    recorder = run(parts.engine(2), [wanted])
+    tokens, entries = recorder.tokens("r"), recorder.logprobs("r")
+    with torch.inference_mode():
+        logits = reference_logits(config, parts.weights, experts, [*wanted.prompt_token_ids, *tokens])
+    for index, (token, entry) in enumerate(zip(tokens, entries, strict=True)):
+        expected = logits[len(wanted.prompt_token_ids) - 1 + index].log_softmax(-1)
+        assert entry.logprob == pytest.approx(float(expected[token]), abs=1e-4)
+        top = expected.topk(min(count, config.vocab_size))
+        assert entry.top_ids[:3] == top.indices.tolist()[:3]
+        assert entry.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-3)
+
+
+def test_one_call_a_step_and_front(parts: EngineParts) -> None:
+    router, fronts = parts.engine(), [Recorder(), Recorder()]
+    for i in range(6):
+        router.submit(request(parts, f"r{i}", max_tokens=4), fronts[i % 2])
+    while router.busy:
+        router.step()
+    assert [front.calls for front in fronts] == [4, 4]
+    assert [sorted(front.outputs) for front in fronts] == [["r0", "r2", "r4"], ["r1", "r3", "r5"]]
+
+
+def test_counters(parts: EngineParts) -> None:
+    router, recorder = parts.engine(settings=replace(SETTINGS, token_budget=16)), Recorder()
+    for i, prompt in enumerate((20, 7, 5)):
+        router.submit(request(parts, f"r{i}", prompt=prompt), recorder)
+    assert router.stats().waiting == 3
+    router.step()
+    stats = router.stats()
+    assert (stats.running, stats.waiting, stats.steps, stats.prompt_tokens) == (1, 2, 1, 16)
+    assert stats.pages_free + stats.pages_cached + stats.pages_in_use == stats.pages_total
+    router.cancel("r1")
+    while router.busy:
+        router.step()
+    stats = router.stats()
+    assert (stats.running, stats.waiting, stats.prompt_tokens, stats.generated_tokens) == (0, 0, 25, 16)
+    assert (stats.requests_finished, stats.requests_cancelled, stats.requests_failed) == (2, 1, 0)
+    assert (stats.unreachable_experts, stats.broken_links, stats.pages_in_use) == (0, [], 0)
+
+
+def test_preempted_prompts_are_not_counted_twice_as_answers(parts: EngineParts) -> None:
+    router = parts.engine(settings=replace(SETTINGS, pages=16))
+    run(router, [request(parts, f"r{i}", prompt=20, max_tokens=40) for i in range(4)])
+    stats = router.stats()
+    assert stats.preemptions > 0
+    assert (stats.generated_tokens, stats.requests_finished) == (160, 4)
+
+
+def started(router: Router) -> Router:
+    router.start()
+    return router
+
+
+def test_threads_may_submit_and_cancel_while_it_runs(parts: EngineParts) -> None:
+    router, recorder = started(parts.engine(2, "shm")), Recorder()
+
+    def front(number: int) -> None:
+        for i in range(8):
+            router.submit(request(parts, f"{number}-{i}", prompt=1 + 5 * i), recorder)
+            if i % 3 == 2:
+                router.cancel(f"{number}-{i - 1}")
+
+    threads = [threading.Thread(target=front, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    recorder.wait(*(f"{number}-{i}" for number in range(4) for i in range(8)))
+    router.stop()
+    assert router.pool.in_use == 0
+    stats = router.stats()
+    assert stats.requests_finished + stats.requests_cancelled == 32
+    assert stats.requests_failed == 0
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_stopping_fails_what_is_left_and_takes_nothing_more(parts: EngineParts, threaded: bool) -> None:
+    router, recorder = parts.engine(settings=replace(SETTINGS, max_running=1)), Recorder()
+    if threaded:
+        router.start()
+    for i in range(3):
+        router.submit(request(parts, f"r{i}", max_tokens=120), recorder)
+    if threaded:
+        recorder.wait("r0", tokens=2)
+    else:
+        router.step()
+    router.stop()
+    router.stop()
+    for i in range(3):
+        end = recorder.end(f"r{i}")
+        assert end is not None
+        assert (end.finish_reason, end.error) == ("error", "the router is shutting down")
+    with pytest.raises(ExpertsUnavailableError, match="shutting down"):
+        router.submit(request(parts, "late"), recorder)
+    assert router.pool.in_use == 0
+    assert not router.busy
+
+
+def test_a_broken_step_loop_fails_everything_and_says_so(parts: EngineParts) -> None:
+    router, recorder, failed = parts.engine(), Recorder(), threading.Event()
+
+    def explode(_: object) -> None:
+        raise ArithmeticError("the model is broken")
+
+    router.model.forward = explode  # type: ignore[method-assign,assignment]
+    router.start(on_failure=failed.set)
+    router.submit(request(parts), recorder)
+    recorder.wait("r")
+    assert failed.wait(10)
+    end = recorder.end("r")
+    assert end is not None
+    assert end.error == "router-0 failed: ArithmeticError: the model is broken"
+    with pytest.raises(ExpertsUnavailableError, match="the model is broken"):
+        router.submit(request(parts, "late"), recorder)
+
+
+def test_an_idle_router_notices_a_lost_host(parts: EngineParts) -> None:
+    router = started(parts.engine(2, "shm"))
+    (host,) = [part for part in parts.opened if getattr(part, "host_id", "") == "expert-host-1"]
+    assert router.stats().unreachable_experts == 0
+    host.stop()
+    give_up = time.monotonic() + 20
+    while router.stats().unreachable_experts == 0 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert router.stats().unreachable_experts == 8, "half of two layers' eight experts"
+    assert "expert-host-1" in router.stats().broken_links[0]

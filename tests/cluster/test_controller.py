@@ -1,0 +1,396 @@
+"""The controller with a spawner that makes threads instead of Ray actors: the same hosts and routers, no processes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from moray.actors.expert_host import ExpertHost
+from moray.actors.links import LinkAddress, LinkKind
+from moray.actors.messages import ClusterStatus, GenerateRequest, TokenOutput
+from moray.actors.placement_table import PlacementTable
+from moray.actors.router import RouterSettings
+from moray.actors.router_client import ClusterClient
+from moray.actors.router_process import HostAddresses, RouterProcess
+from moray.cluster import controller as controller_module
+from moray.cluster.assembly import compute_dtype
+from moray.cluster.controller import Controller
+from moray.cluster.local import LLM
+from moray.cluster.spawning import ExpertHostHandle, RouterHandle, Spawner
+from moray.configs.deployment import Deployment
+from moray.configs.errors import CheckpointError, ClusterError, ConfigError
+from moray.model.reader import BytesRead
+from moray.model.sampling import SamplingParams
+from moray.model.testing import write_random_checkpoint
+
+PROMPT = [5, 9, 200, 31, 7, 7, 80]
+
+
+class ThreadHost(ExpertHostHandle):
+    """An expert host in this process."""
+
+    def __init__(self, host: ExpertHost, died: Callable[[], None]) -> None:
+        self.name, self.pid, self.node = host.host_id, id(host) % 100_000 + 1, "here"
+        self.host = host
+        self.dead = False
+        self.died = died
+        self.may_load = threading.Event()
+        self.may_load.set()
+
+    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
+        return [self.host.listen("shm", bind_host="127.0.0.1", secret=secret)]
+
+    def begin_load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> None:
+        self._load = (checkpoint, slots, epoch)
+
+    def finish_load(self) -> BytesRead:
+        assert self.may_load.wait(20)
+        checkpoint, slots, epoch = self._load
+        return self.host.load(checkpoint, slots, epoch=epoch)
+
+    def stop(self) -> None:
+        self.host.stop()
+
+    def kill(self) -> None:
+        self.dead = True
+        self.host.stop()
+        self.died()
+
+
+class ThreadRouter(RouterHandle):
+    """A router in this process; `start` makes it, so that a failure shows where a Ray actor's would."""
+
+    def __init__(self, name: str, start: Callable[[], RouterProcess], died: Callable[[], None]) -> None:
+        self.name, self.pid, self.node = name, id(self) % 100_000 + 1, "here"
+        self._make = start
+        self.router: RouterProcess | None = None
+        self.dead = False
+        self.died = died
+
+    def finish_start(self) -> str:
+        self.router = self._make()
+        self.bytes_read = self.router.bytes_read
+        return self.router.address
+
+    def relink(self, host_id: str, addresses: HostAddresses) -> None:
+        if self.dead or self.router is None:
+            raise ClusterError(f"{self.name}: is dead")
+        self.router.relink(host_id, addresses)
+
+    def stop(self) -> None:
+        if self.router is not None:
+            self.router.stop()
+
+    def kill(self) -> None:
+        self.dead = True
+        self.stop()
+        self.died()
+
+
+class ThreadSpawner(Spawner):
+    """Makes `ThreadHost`s and `ThreadRouter`s. `before` is called with the name of each before it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed = threading.Condition()
+        self.made: list[str] = []
+        self.hosts: dict[str, ThreadHost] = {}
+        self.routers: dict[str, ThreadRouter] = {}
+        self.before: Callable[[str], None] = lambda name: None
+        self.after_host: Callable[[ThreadHost], None] = lambda host: None
+
+    def _died(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def expert_host(self, host_id: str, deployment: Deployment) -> ExpertHostHandle:
+        self.before(host_id)
+        self.made.append(host_id)
+        handle = ThreadHost(ExpertHost(host_id, dtype=compute_dtype(deployment)), self._died)
+        self.hosts[host_id] = handle
+        self.after_host(handle)
+        return handle
+
+    def router(
+        self,
+        router_id: str,
+        deployment: Deployment,
+        *,
+        checkpoint: Path,
+        settings: RouterSettings,
+        table: PlacementTable,
+        hosts: Mapping[str, HostAddresses],
+        secret: bytes,
+    ) -> RouterHandle:
+        self.before(router_id)
+        self.made.append(router_id)
+
+        def start() -> RouterProcess:
+            return RouterProcess(
+                router_id,
+                checkpoint=checkpoint,
+                dtype=compute_dtype(deployment),
+                settings=settings,
+                table=table,
+                hosts=hosts,
+                link=deployment.link,
+                reply_timeout_s=5.0,
+                bind_host="127.0.0.1",
+                secret=secret,
+                threads=1,
+            )
+
+        handle = ThreadRouter(router_id, start, self._died)
+        self.routers[router_id] = handle
+        return handle
+
+    def wait_for_deaths(self, handles: Mapping[str, ExpertHostHandle | RouterHandle], *, timeout_s: float) -> list[str]:
+        def dead() -> list[str]:
+            return [
+                name
+                for name, handle in handles.items()
+                if isinstance(handle, ThreadHost | ThreadRouter) and handle.dead
+            ]
+
+        with self.changed:
+            self.changed.wait_for(dead, timeout_s)
+            return dead()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("random"), dtype="fp8", seed=8)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[int]:
+    with LLM(checkpoint, experts=1) as llm:
+        return llm.generate([PROMPT], max_tokens=40, temperature=0.0, ignore_eos=True)[0].token_ids
+
+
+@pytest.fixture
+def spawner(monkeypatch: pytest.MonkeyPatch) -> ThreadSpawner:
+    monkeypatch.setattr(controller_module, "_POLL_S", 0.05)
+    return ThreadSpawner()
+
+
+def deployment(checkpoint: Path, hosts: int = 2, routers: int = 1) -> Deployment:
+    return Deployment.from_dict(
+        {"model": str(checkpoint), "experts": {"hosts": hosts}, "routers": {"replicas": routers, "cache_tokens": 512}}
+    )
+
+
+@pytest.fixture
+def controller(checkpoint: Path, spawner: ThreadSpawner) -> Iterator[Controller]:
+    controller = Controller(deployment(checkpoint), spawner)
+    controller.start()
+    yield controller
+    controller.stop()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up, "it never came true"
+        time.sleep(0.01)
+
+
+def ask(controller: Controller, at: Callable[[int], None] = lambda tokens: None) -> list[TokenOutput]:
+    """One greedy answer through a front; `at` is called with the number of tokens that have arrived."""
+
+    async def directory() -> Mapping[str, str]:
+        return controller.directory().routers
+
+    async def describe() -> ClusterStatus:
+        return controller.status()
+
+    async def run() -> list[TokenOutput]:
+        client = ClusterClient(directory, describe, secret=controller.directory().secret, front_id="front-0")
+        await client.connect()
+        outputs = []
+        async for output in client.generate(GenerateRequest("r", PROMPT, SamplingParams(40, temperature=0.0))):
+            outputs.append(output)
+            await asyncio.to_thread(at, len(outputs))
+        await client.aclose()
+        return outputs
+
+    return asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def tokens(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_starts_everything_and_serves(controller: Controller, spawner: ThreadSpawner, expected: list[int]) -> None:
+    assert spawner.made == ["expert-host-0", "expert-host-1", "router-0"]
+    status = controller.status()
+    assert (status.health, status.reason, status.epoch) == ("ok", "", 1)
+    assert [(p.id, p.role, p.state, p.node) for p in status.processes] == [
+        ("expert-host-0", "expert_host", "ready", "here"),
+        ("expert-host-1", "expert_host", "ready", "here"),
+        ("router-0", "router", "ready", "here"),
+    ]
+    assert all(p.data_bytes_read > 0 and p.pid > 0 for p in status.processes)
+    assert tokens(ask(controller)) == expected
+    assert controller.directory().secret.hex() not in repr(controller.directory())
+
+
+def test_a_lost_host_is_restored_under_running_requests(
+    controller: Controller, spawner: ThreadSpawner, expected: list[int]
+) -> None:
+    outputs = ask(controller, at=lambda n: spawner.hosts["expert-host-1"].kill() if n in (3, 20) else None)
+    assert tokens(outputs) == expected
+    assert outputs[-1].finish_reason == "length"
+    assert spawner.made.count("expert-host-1") == 3
+    assert spawner.made.count("expert-host-0") == 1
+    eventually(lambda: controller.status().health == "ok")
+
+
+def test_a_lost_router_is_restored_at_another_address(
+    controller: Controller, spawner: ThreadSpawner, expected: list[int]
+) -> None:
+    before = controller.directory().routers
+    spawner.routers["router-0"].kill()
+    eventually(lambda: spawner.made.count("router-0") == 2 and controller.status().health == "ok")
+    assert controller.directory().routers.keys() == before.keys()
+    assert controller.directory().routers != before
+    assert tokens(ask(controller)) == expected
+
+
+def test_a_host_and_a_router_lost_together(controller: Controller, spawner: ThreadSpawner, expected: list[int]) -> None:
+    """The router cannot start before the host is back: that must not count as its end."""
+    with spawner.changed:
+        spawner.routers["router-0"].dead = spawner.hosts["expert-host-0"].dead = True
+        spawner.hosts["expert-host-0"].host.stop()
+        spawner.changed.notify_all()
+    eventually(lambda: len(spawner.made) >= 5 and controller.status().health == "ok")
+    assert tokens(ask(controller)) == expected
+
+
+def test_status_while_a_host_is_away(controller: Controller, spawner: ThreadSpawner) -> None:
+    spawner.after_host = lambda host: host.may_load.clear()
+    spawner.hosts["expert-host-0"].kill()
+    eventually(lambda: controller.status().health == "unavailable")
+    assert controller.status().reason == "expert-host-0 is starting: died; being restored"
+    eventually(lambda: spawner.made.count("expert-host-0") == 2)
+    spawner.hosts["expert-host-0"].may_load.set()
+    eventually(lambda: controller.status().health == "ok")
+    assert controller.status().reason == ""
+
+
+def test_without_any_router_nothing_is_served(
+    controller: Controller, spawner: ThreadSpawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise ClusterError("no node has room")
+
+    spawner.before = refuse
+    spawner.routers["router-0"].kill()
+    eventually(lambda: controller.status().health == "unavailable")
+    eventually(lambda: "no node has room" in controller.status().reason)
+
+
+def test_one_router_of_two_keeps_serving(checkpoint: Path, spawner: ThreadSpawner) -> None:
+    controller = Controller(deployment(checkpoint, routers=2), spawner)
+    controller.start()
+
+    def refuse(name: str) -> None:
+        raise ClusterError("no node has room")
+
+    spawner.before = refuse
+    spawner.routers["router-1"].kill()
+    eventually(lambda: controller.status().health == "degraded")
+    assert "router-1" in controller.status().reason
+    controller.stop()
+
+
+def test_a_crash_loop_is_given_up_and_the_others_are_still_watched(
+    controller: Controller, spawner: ThreadSpawner, expected: list[int]
+) -> None:
+    def die_at_once(host: ThreadHost) -> None:
+        host.dead = host.name == "expert-host-1"
+
+    spawner.after_host = die_at_once
+    spawner.hosts["expert-host-1"].kill()
+    eventually(lambda: any(p.state == "dead" for p in controller.status().processes))
+    made = spawner.made.count("expert-host-1")
+    assert made == 1 + 5
+    assert "expert-host-1 is dead: died 6 times in 60 s" in controller.status().reason
+    assert controller.status().health == "unavailable"
+    spawner.hosts["expert-host-0"].kill()
+    eventually(lambda: spawner.made.count("expert-host-0") == 2)
+    assert spawner.made.count("expert-host-1") == made
+
+
+def test_a_failing_restore_is_tried_again(controller: Controller, spawner: ThreadSpawner, expected: list[int]) -> None:
+    refusals = iter(range(2))
+
+    def refuse_twice(name: str) -> None:
+        if next(refusals, None) is not None:
+            raise ClusterError("no node has room yet")
+
+    spawner.before = refuse_twice
+    spawner.hosts["expert-host-0"].kill()
+    eventually(lambda: spawner.made.count("expert-host-0") == 2 and controller.status().health == "ok")
+    assert tokens(ask(controller)) == expected
+
+
+def test_a_start_that_fails_leaves_nothing(checkpoint: Path, spawner: ThreadSpawner) -> None:
+    before = set(threading.enumerate())
+
+    def refuse(name: str) -> None:
+        if name == "router-0":
+            raise ClusterError("no node has room")
+
+    spawner.before = refuse
+    controller = Controller(deployment(checkpoint), spawner)
+    with pytest.raises(ClusterError, match="no node has room"):
+        controller.start()
+    assert spawner.made == ["expert-host-0", "expert-host-1"]
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"experts": {"hosts": 9}}, ConfigError),
+        ({"max_context": 4096}, ConfigError),
+        ({"model": "/nowhere"}, ConfigError),
+    ],
+    ids=["too-many-hosts", "context", "no-model"],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    checkpoint: Path, spawner: ThreadSpawner, settings: dict[str, Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind):
+        Controller(Deployment.from_dict({"model": str(checkpoint), **settings}), spawner).start()
+    assert spawner.made == []
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(tmp_path: Path, spawner: ThreadSpawner) -> None:
+    path = write_random_checkpoint(tmp_path / "model")
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Controller(deployment(path), spawner).start()
+    assert spawner.made == []
+
+
+def test_stop_ends_everything_and_restores_nothing(checkpoint: Path, spawner: ThreadSpawner) -> None:
+    before = set(threading.enumerate())
+    controller = Controller(deployment(checkpoint, hosts=3, routers=2), spawner)
+    controller.start()
+    controller.stop()
+    controller.stop()
+    made = list(spawner.made)
+    spawner.hosts["expert-host-0"].kill()
+    assert spawner.made == made
+    give_up = time.monotonic() + 10
+    while not set(threading.enumerate()) <= before and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) <= before

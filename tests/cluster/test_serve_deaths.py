@@ -1,0 +1,97 @@
+"""Processes of the cluster are killed while it serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from .serve_process import KEY, Serve, eventually
+
+pytestmark = pytest.mark.ray
+
+TOKENS = 400
+PROMPT = [100 + i % 200 for i in range(70)]
+
+
+def stream_ids(client: httpx.Client, started: list[int]) -> list[int]:
+    """The tokens of one long greedy stream, which are also put into `started` as they come."""
+    body = {
+        "model": "tiny-r1",
+        "prompt": PROMPT,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": True,
+    }
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                started += event["choices"][0]["token_ids"]
+    return started
+
+
+def process(serve: Serve, name: str, key: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = next(p for p in serve.status(key=key)["processes"] if p["id"] == name)
+    return found
+
+
+def health(client: httpx.Client) -> int:
+    return client.get("/health").status_code
+
+
+@pytest.mark.parametrize("link", ["shm", "gloo"])
+def test_a_stream_outlives_an_expert_host(link: str, request: pytest.FixtureRequest) -> None:
+    serve: Serve = request.getfixturevalue(f"{link}_server")
+    key = KEY if link == "gloo" else None
+    with serve.client(key=key) as client, ThreadPoolExecutor(1) as thread:
+        undisturbed = stream_ids(client, [])
+        assert len(undisturbed) == TOKENS
+
+        victim = process(serve, "expert-host-1", key)
+        seen: list[int] = []
+        stream = thread.submit(stream_ids, client, seen)
+        eventually(lambda: len(seen) > 10, "the stream has begun")
+        os.kill(victim["pid"], signal.SIGKILL)
+        killed_at = len(seen)
+        eventually(lambda: health(client) == 503, "/health says that experts are missing")
+        eventually(lambda: health(client) == 200, "/health says that all is well again")
+
+        assert stream.result(timeout=120) == undisturbed
+        assert killed_at < TOKENS, "the host was killed while the stream ran"
+    restored = process(serve, "expert-host-1", key)
+    assert restored["state"] == "ready"
+    assert restored["pid"] != victim["pid"]
+    assert restored["data_bytes_read"] == victim["data_bytes_read"]
+    (router,) = serve.status(key=key)["routers"]
+    assert router["pages_in_use"] == 0
+    assert router["requests_failed"] == 0
+
+
+def test_a_router_is_started_again(shm_server: Serve) -> None:
+    with shm_server.client() as client, ThreadPoolExecutor(1) as thread:
+        undisturbed = stream_ids(client, [])
+        victim = process(shm_server, "router-0", None)
+        seen: list[int] = []
+        stream = thread.submit(stream_ids, client, seen)
+        eventually(lambda: len(seen) > 10, "the stream has begun")
+        os.kill(victim["pid"], signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="router-0 was lost"):
+            stream.result(timeout=60)
+        eventually(lambda: health(client) == 503, "/health says that no router serves")
+        eventually(lambda: health(client) == 200, "/health says that all is well again")
+
+        assert stream_ids(client, []) == undisturbed
+    restored = process(shm_server, "router-0", None)
+    assert restored["state"] == "ready"
+    assert restored["pid"] != victim["pid"]

@@ -1,0 +1,159 @@
+"""Deployment files and flags: what is refused says which setting, which value, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from moray.cluster.assembly import checkpoint_path, compute_dtype, max_context, router_settings
+from moray.configs.deployment import Deployment
+from moray.configs.errors import ConfigError
+from moray.model.config import ModelConfig
+from moray.model.testing import SMALL_CONFIG
+
+CONFIG = ModelConfig.from_dict(dict(SMALL_CONFIG))  # made for 2048 tokens
+
+
+def test_defaults_describe_the_embedded_model() -> None:
+    deployment = Deployment.from_dict({})
+    assert (deployment.model, deployment.served_name, deployment.experts.hosts) == ("tiny-r1", "tiny-r1", 2)
+    assert checkpoint_path(deployment.model).joinpath("config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("raw", "messages"),
+    [
+        ({"modle": "x"}, ["modle: no such setting"]),
+        ({"experts": {"host": 3}}, ["experts.host: no such setting"]),
+        ({"experts": {"hosts": 0}}, ["experts.hosts = 0", "greater than or equal to 1"]),
+        ({"experts": {"hosts": "2"}}, ["experts.hosts = '2'", "valid integer"]),
+        ({"experts": {"reply_timeout_s": 0}}, ["experts.reply_timeout_s = 0"]),
+        ({"experts": []}, ["experts = []"]),
+        ({"routers": {"page_size": True}}, ["routers.page_size = True"]),
+        ({"routers": {"token_budget": 8}}, ["token_budget = 8 is below max_running = 64", "raise the first"]),
+        ({"dtype": "float16"}, ["dtype = 'float16'", "bfloat16"]),
+        ({"link": "ethernet"}, ["link = 'ethernet'", "gloo"]),
+        ({"max_context": 1}, ["max_context = 1"]),
+        ({"front": {"port": 70000}}, ["front.port = 70000"]),
+        ({"front": {"port": -1}, "name": 5}, ["front.port = -1", "name = 5"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_refusals_name_key_and_value(raw: dict[str, Any], messages: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        Deployment.from_dict(raw, source="my.yaml")
+    assert str(refusal.value).startswith("my.yaml: ")
+    for message in messages:
+        assert message in str(refusal.value)
+
+
+def test_whole_numbers_do_for_times() -> None:
+    assert Deployment.from_dict({"experts": {"reply_timeout_s": 3}}).experts.reply_timeout_s == 3.0
+
+
+def test_a_deployment_does_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Deployment.from_dict({}).model = "other"
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "serve-file"])
+def test_files(tmp_path: Path, wrapped: bool) -> None:
+    raw: dict[str, Any] = {"model": "tiny-r1", "experts": {"hosts": 4}, "front": {"api_key_file": "~/keys"}}
+    path = tmp_path / "deployment.yaml"
+    path.write_text(yaml.safe_dump({"applications": [{"name": "moray", "args": raw}]} if wrapped else raw))
+    assert Deployment.load(path) == Deployment.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "cannot be read as YAML"),
+        ("- 1", "must hold a deployment"),
+        ("", "must hold a deployment"),
+        ("applications: []", "must hold a deployment"),
+        ("applications: [{name: x}]", "must hold a deployment"),
+        ("applications: [{args: {hosts: 1}}]", "hosts: no such setting"),
+        ("experts: {hosts: many}", "experts.hosts = 'many'"),
+    ],
+)
+def test_file_refusals_name_the_file(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "deployment.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        Deployment.load(path)
+    assert str(path) in str(refusal.value)
+    assert message in str(refusal.value)
+
+
+def test_the_files_that_ship_can_be_loaded() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs" / "deployments"
+    for path in folder.glob("*.yaml"):
+        Deployment.load(path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        ({"model": "/models/DeepSeek-R1"}, "DeepSeek-R1"),
+        ({"model": "/models/DeepSeek-R1/"}, "DeepSeek-R1"),
+        ({"model": "models/small"}, "small"),
+        ({"model": "/models/x", "name": "deepseek-r1"}, "deepseek-r1"),
+    ],
+)
+def test_served_name(raw: dict[str, Any], name: str) -> None:
+    assert Deployment.from_dict(raw).served_name == name
+
+
+def test_served_name_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Deployment.from_dict({"model": "."}).served_name == tmp_path.name
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="model = '/no/such/model': no such directory"):
+        checkpoint_path("/no/such/model")
+
+
+@pytest.mark.parametrize(
+    ("raw", "tokens"),
+    [
+        ({}, 2048),
+        ({"routers": {"cache_tokens": 1000}}, 1000),
+        ({"max_context": 500}, 500),
+        ({"max_context": 2048}, 2048),
+    ],
+)
+def test_max_context(raw: dict[str, Any], tokens: int) -> None:
+    assert max_context(Deployment.from_dict(raw), CONFIG) == tokens
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"max_context": 2049}, "max_context = 2049: the model was made for 2048"),
+        ({"max_context": 1000, "routers": {"cache_tokens": 999}}, "routers.cache_tokens = 999"),
+    ],
+)
+def test_max_context_refusals(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        max_context(Deployment.from_dict(raw), CONFIG)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(("page", "cache", "pages"), [(32, 32768, 1024), (32, 33, 2), (7, 100, 15), (1000, 5, 1)])
+def test_the_pool_holds_the_longest_sequence(page: int, cache: int, pages: int) -> None:
+    raw = {"routers": {"page_size": page, "cache_tokens": cache}}
+    settings = router_settings(Deployment.from_dict(raw), CONFIG)
+    assert settings.pages == pages
+    assert settings.pages * page >= settings.max_context
+
+
+def test_dtype() -> None:
+    found = [compute_dtype(Deployment.from_dict({"dtype": dtype})) for dtype in ("auto", "float32", "bfloat16")]
+    assert found == [torch.float32, torch.float32, torch.bfloat16]
