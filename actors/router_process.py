@@ -14,6 +14,7 @@ from ..configs.errors import ConfigError
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
 from ..model.loading import load_dense
+from ..model.progress import Progress
 from ..model.reader import BytesRead
 from ..model.weights import router_weights
 from .deadline import Deadline
@@ -58,6 +59,7 @@ class RouterProcess:
         bind_host: this node's address on the cluster's network.
         secret: the cluster's.
         threads: compute threads.
+        progress: where to show the read of the weights.
 
     Raises:
         CheckpointError, LinkError: the weights cannot be read, or a host cannot be reached.
@@ -77,6 +79,7 @@ class RouterProcess:
         bind_host: str,
         secret: bytes,
         threads: int,
+        progress: Progress | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self.stopped = threading.Event()
@@ -84,7 +87,7 @@ class RouterProcess:
         self._link = link
         self._secret = secret
         config = ModelConfig.load(checkpoint)
-        dense, self._bytes_read = load_dense(Checkpoint.open(checkpoint), config)
+        dense, self._bytes_read = load_dense(Checkpoint.open(checkpoint), config, progress=progress)
         weights = router_weights(config, dense, dtype)
         links = {host: self._dial(addresses) for host, addresses in hosts.items()}
         dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s)

@@ -18,8 +18,10 @@ from ..actors.placement_table import PlacementTable
 from ..actors.router_process import HostAddresses
 from ..configs.deployment import Deployment
 from ..configs.errors import ClusterError, MorayError
+from ..model.checkpoint import total_bytes
 from ..model.loading import open_model
 from ..model.reader import BytesRead
+from ..model.tensor_names import TensorNames
 from .assembly import checkpoint_path, host_name, router_name, router_settings, served_model
 from .placement import even_placement
 from .spawning import ExpertHostHandle, RouterHandle, Spawner
@@ -72,7 +74,28 @@ class Controller:
         self._router_addresses: dict[str, str] = {}
         self._processes: dict[str, _Supervised] = {}
         self._supervisor: threading.Thread | None = None
+        self._checked = False
+        self._bytes_to_load = 0
         self.table: PlacementTable
+
+    def check(self) -> None:
+        """Refuse what cannot be served, and plan the rest; starts nothing. `start` does it if it was not done.
+
+        Raises:
+            ConfigError, CheckpointError: it cannot be served.
+        """
+        deployment = self.deployment
+        config, checkpoint = open_model(self._path, verify=deployment.verify)
+        served_model(deployment, config)
+        self._settings = router_settings(deployment, config)
+        self.table = even_placement(config, [host_name(i) for i in range(deployment.experts.hosts)])
+        names = TensorNames(config)
+        dense, experts = (
+            total_bytes(e for t in tensors for e in checkpoint.locate(t, config).entries)
+            for tensors in (names.dense(), names.routed_experts())
+        )
+        self._bytes_to_load = deployment.routers.replicas * dense + experts
+        self._checked = True
 
     def start(self) -> None:
         """Check the checkpoint, then start expert hosts and routers.
@@ -81,11 +104,9 @@ class Controller:
             ConfigError, CheckpointError: refused before any process was started.
             ClusterError: processes did not come up.
         """
+        if not self._checked:
+            self.check()
         deployment = self.deployment
-        config, _ = open_model(self._path, verify=deployment.verify)
-        served_model(deployment, config)
-        self._settings = router_settings(deployment, config)
-        self.table = even_placement(config, [host_name(i) for i in range(deployment.experts.hosts)])
         router_ids = [router_name(i) for i in range(deployment.routers.replicas)]
         for name in [*self.table.slots, *router_ids]:
             self._processes[name] = _Supervised()
@@ -110,6 +131,11 @@ class Controller:
         """Where the routers are now."""
         with self._lock:
             return Directory(dict(self._router_addresses), self._secret)
+
+    def load_progress(self) -> tuple[int, int]:
+        """Bytes that all processes have read of their slices, and will have read in all. For the start alone."""
+        handles = [*self._hosts.values(), *self._routers.values()]
+        return sum(handle.bytes_loaded() for handle in handles), self._bytes_to_load
 
     def status(self) -> ClusterStatus:
         """The table's epoch and every process; the routers' own counters are not asked here."""

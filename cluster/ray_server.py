@@ -17,6 +17,7 @@ from typing import Any
 from ..configs.deployment import Deployment
 from ..configs.errors import CheckpointError, ClusterError, ConfigError, MorayError
 from .listening import check_port, url_of
+from .load_progress import LoadingShown
 
 logger = logging.getLogger("moray.serve")
 
@@ -29,6 +30,9 @@ _SERVE_GONE_S = 60.0
 """How long Serve may take to end its own processes."""
 
 _POLL_S = 0.05
+
+_CALL_S = 2.0
+"""For a question that a controller answers in milliseconds."""
 
 
 class RayServer:
@@ -44,17 +48,14 @@ class RayServer:
         self._deployed = False
         self._started_serve = False
         self._keep_logs = False
+        self._sessions: Path | None = None
         self.url = url_of(deployment.front.host, deployment.front.port)
 
     @property
     def session(self) -> str:
         """Directory of the Ray session that was started here; empty before, and on a cluster that was joined."""
-        if self._address is not None or "ray" not in sys.modules:
-            return ""
-        from ray._common.utils import get_default_ray_temp_dir
-
-        # Known by its name, which ends in this process's id: there is one as soon as Ray begins to start.
-        found = Path(get_default_ray_temp_dir()).glob(f"session_*_{os.getpid()}")
+        # Known by its name, which ends in this process's id: it is there as soon as Ray begins to start.
+        found = self._sessions.glob(f"session_*_{os.getpid()}") if self._sessions is not None else ()
         return str(max(found, default=""))
 
     def start(self) -> None:
@@ -100,7 +101,9 @@ class RayServer:
 
     def _start_ray(self) -> None:
         import ray
+        from ray._common.utils import get_default_ray_temp_dir
 
+        self._sessions = Path(get_default_ray_temp_dir())
         experts, routers = self._deployment.experts, self._deployment.routers
         wanted = experts.hosts * experts.cpus + routers.replicas * routers.cpus
         ray.init(
@@ -135,7 +138,8 @@ class RayServer:
             self.url = url_of(running.http_config.host, running.http_config.port)
         self._deployed = True
         plain = self._deployment.model_copy(update={"verify": "headers"}).model_dump()  # checked in full already
-        serve.run(build(plain), name=_APP, route_prefix="/", blocking=False)
+        with LoadingShown(_load_progress):
+            serve.run(build(plain), name=_APP, route_prefix="/", blocking=False)
 
     def _accounts(self) -> str:
         """What Serve's deployments say of themselves: the error of a process is there, and not in what `run` raises."""
@@ -170,6 +174,20 @@ class RayServer:
             serve.delete(_APP)
         if self._address is not None and self._started_serve and not serve.status().applications:
             _shut_down_serve()
+
+
+def _load_progress() -> tuple[int, int] | None:
+    """Bytes the starting cluster has read and will have read; None while its controller cannot be asked."""
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        handle = serve.get_deployment_handle("controller", app_name=_APP)
+        progress: tuple[int, int] = handle.load_progress.remote().result(timeout_s=_CALL_S)
+    except (RayServeException, ray.exceptions.RayError, TimeoutError, RuntimeError):
+        return None  # it does not run yet, or any more
+    return progress
 
 
 @contextlib.contextmanager

@@ -37,17 +37,28 @@ class ControllerDeployment:
         _configure_logging()
         described = Deployment.from_dict(deployment)
         self._spawner = Spawner()
-        self._spawner.prepare(described)
         self._controller = Controller(described, self._spawner)
-        await asyncio.to_thread(self._controller.start)
+        await asyncio.to_thread(self._controller.check)
+        self._spawner.prepare(described)
+        # Loading takes minutes for a large model, and can be watched meanwhile; whoever needs the cluster waits for it.
+        self._starting = asyncio.create_task(asyncio.to_thread(self._controller.start))
 
     async def directory(self) -> Directory:
-        """Where the routers are."""
+        """Where the routers are, once they serve.
+
+        Raises:
+            MorayError: the cluster did not start.
+        """
+        await asyncio.shield(self._starting)
         return self._controller.directory()
 
     async def status(self) -> ClusterStatus:
         """Every process and the table's epoch."""
         return self._controller.status()
+
+    async def load_progress(self) -> tuple[int, int]:
+        """Bytes read so far, and in all; see `Controller.load_progress`."""
+        return await asyncio.to_thread(self._controller.load_progress)
 
     async def __del__(self) -> None:
         # Serve calls this when the replica goes; the processes would follow it anyway, but asked they end in order.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -45,7 +44,8 @@ def serve(deployment: Deployment, *, address: str | None, local: bool) -> int:
         port = check_port(deployment.front.host, 0)
         deployment = deployment.model_copy(update={"front": deployment.front.model_copy(update={"port": port})})
     server = LocalServer(deployment) if local else RayServer(deployment, address)
-    with _Signals() as signals, _Recorder(state, server, deployment.served_name) as recorder:
+    signals = _Signals()
+    with _Recorder(state, server, deployment.served_name) as recorder:
         try:
             server.start()
             signals.started()
@@ -74,25 +74,13 @@ class _Signals:
 
     def __init__(self) -> None:
         self._starting = True
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Self:
-        # A pipe and not a `threading.Event`: a second signal may interrupt the handler of the first, which would then
-        # wait for a lock that only the first can let go of.
-        self._arrived, self._note = os.pipe()
-        os.set_blocking(self._note, False)
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in self._before:
+        # The kernel may give a signal to any of the many threads that Ray has; what waits in the main thread, where
+        # Python's handlers run, then sleeps on. What Python writes to this pipe from whatever thread wakes it up.
+        self._arrived, note = os.pipe()
+        os.set_blocking(note, False)
+        signal.set_wakeup_fd(note, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal gave
-        os.close(self._arrived)
-        os.close(self._note)
 
     def started(self) -> None:
         """From now on signals end `wait`."""
@@ -103,12 +91,10 @@ class _Signals:
         os.read(self._arrived, 1)
 
     def ignore(self) -> None:
-        """Go on whatever arrives: an impatient second Ctrl-C must not leave processes behind."""
+        """Go on whatever arrives, until the process ends: an impatient second Ctrl-C must not leave processes behind."""
         self._starting = False
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        with contextlib.suppress(BlockingIOError):  # a full pipe has said it often enough
-            os.write(self._note, b"!")
         if self._starting:
             self._starting = False
             raise KeyboardInterrupt

@@ -21,6 +21,7 @@ from ..actors.router import RouterSettings
 from ..actors.router_process import HostAddresses, RouterProcess
 from ..configs.deployment import Deployment
 from ..configs.errors import ClusterError, MorayError
+from ..model.progress import CountingProgress
 from ..model.reader import BytesRead
 from .assembly import compute_dtype, host_name, router_name
 
@@ -71,6 +72,11 @@ class _Handle:
         self._actor = actor
         self.ended = actor.wait_until_stopped.remote()
 
+    def bytes_loaded(self) -> int:
+        """Bytes of tensors it has read so far."""
+        done: int = self.call("bytes_loaded")
+        return done
+
     def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
         """Call a method and wait."""
         reference = getattr(self._actor, method).remote(*args, **kwargs)
@@ -100,7 +106,7 @@ class ExpertHostHandle(_Handle):
 
     def begin_load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> None:
         """Start reading its experts."""
-        self._loading = self._actor.load.remote(checkpoint, slots, epoch=epoch)
+        self._loading = self._actor.load_slots.remote(checkpoint, slots, epoch)
 
     def finish_load(self) -> BytesRead:
         """Wait until they are read."""
@@ -135,6 +141,15 @@ class ExpertHostActor(ExpertHost):
     def __init__(self, host_id: str, *, dtype: torch.dtype, threads: int) -> None:
         _configure(threads)
         super().__init__(host_id, dtype=dtype)
+        self._progress = CountingProgress()
+
+    def load_slots(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> BytesRead:
+        """See `ExpertHost.load`."""
+        return self.load(checkpoint, slots, epoch=epoch, progress=self._progress)
+
+    def bytes_loaded(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._progress.done
 
     def where(self) -> tuple[int, str]:
         """Process id and node address."""
@@ -158,6 +173,7 @@ class RouterActor:
         self._router_id = router_id
         self._threads = threads
         self._router: RouterProcess | None = None
+        self._progress = CountingProgress()
         self._decided = threading.Event()  # it has become a router, or it will not
 
     def where(self) -> tuple[int, str]:
@@ -166,10 +182,16 @@ class RouterActor:
 
     def start(self, **settings: Any) -> tuple[str, BytesRead]:
         """Become the `RouterProcess` with these settings; the address of its front channel, and bytes read."""
-        router = RouterProcess(self._router_id, bind_host=_node_ip(), threads=self._threads, **settings)
+        router = RouterProcess(
+            self._router_id, bind_host=_node_ip(), threads=self._threads, progress=self._progress, **settings
+        )
         self._router = router
         self._decided.set()
         return router.address, router.bytes_read
+
+    def bytes_loaded(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._progress.done
 
     def relink(self, host: str, addresses: HostAddresses) -> None:
         """See `RouterProcess.relink`."""
@@ -260,7 +282,7 @@ class Spawner:
 
 
 def _remote(actor_class: type, cpus: int) -> Any:
-    # Two calls may be in progress beside `wait_until_stopped`: a load and a status.
+    # Three calls may be in progress beside `wait_until_stopped`: a load, how far it is, and a relink.
     return ray.remote(actor_class).options(num_cpus=cpus, max_restarts=0, max_concurrency=4)
 
 

@@ -91,6 +91,23 @@ class HeartbeatProgress:
             reporter.join()
 
 
+class CountingProgress:
+    """Shows nothing, but can be asked from any thread how many bytes have been read: for a process without a terminal."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.done = 0
+
+    @contextmanager
+    def task(self, description: str, total_bytes: int) -> Iterator[Advance]:  # noqa: ARG002
+        """See `Progress.task`; tasks add up."""
+        yield self._advance
+
+    def _advance(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+
+
 def default_progress() -> Progress:
     """A bar where standard error is a terminal, else the heartbeat."""
     return TerminalProgress() if sys.stderr.isatty() else HeartbeatProgress()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .phrasings import FRAMES, Phrases, decorate, write_expression
+from .phrasings import FORMS, FRAMES, SENTENCES, Phrases, decorate, write_expression
 from .words import NAMES_BY, OBJECTS_BY, TOPICS_BY, made_up_word
 
 # {a} {b} {c} small numbers, {big} a number of four digits or more, {d} a decimal.
@@ -46,21 +46,24 @@ _EXPRESSIONS: Phrases = {
 
 _NEAR_MISSES: Phrases = {
     False: (
+        "Sort {a}, {b} and {c}.", "Please sort {a}, {b}, {c}.", "Could you sort {a} and {b} and {c}?",
+        "Order {a}, {b} and {c}.", "Could you round {a}?",
+
         "{n} splits {a} {o} between {k} friends. How many does each get?",
         "{n} divides {a} {o} into {k} piles. How many are in each?", "What is {a} split into {k} parts?",
         "Could you divide {a} by {k}?", "Could you multiply {h} by {t}?",
-        "If you add {a}, {b}, {c} and {a2}, what do you get?",
-        "Share {a} {o} among {k} kids.", "Share {a} {o} between {k} people.", "How many legs do {k} dogs have?",
-        "How many wheels do {k} cars have?", "If {k} people share {a} {o}, how many does each person get?",
-        "Cut {a} {o} into {k} equal parts.", "{n} is {a}. In how many years is {n} {big}?",
-        "A rectangle is {a} by {k}. What is its area?", "How many {o} fit in a {o}?", "How many weeks are in {a} days?",
-        "How many seconds are in {k} minutes?", "How much change do I get from {d} dollars?",
-        "A pen costs {d} dollars. How much do {k} pens cost?", "{n} earns {big} dollars and spends {a}. What is left?",
-        "Divide {a} by {b}.", "Can you divide {a} by {b}?", "Divide {a} into {k} parts.",
-        "How many times does {k} go into {a}?", "Can you divide?", "Is {a} divisible by {k}?", "Is {a} a prime number?",
-        "Is {a} even?", "Is {a} even or odd?", "Is {a} prime?", "What are the factors of {a}?", "Solve x + {a} = {b}.",
-        "Solve for x: {k}x = {a}", "{k}x + {b} = {a}, what is x?", "If x + {a} = {b}, what is x?", "x - {a} = {b}",
-        "What is x if {k}x = {a}?", "Solve the equation x + {a} = {b}.", "Find x: x + {b} = {a}", "Sort {a}, {b}, {c}.",
+        "If you add {a}, {b}, {c} and {a2}, what do you get?", "Share {a} {o} among {k} kids.",
+        "Share {a} {o} between {k} people.", "How many legs do {k} dogs have?", "How many wheels do {k} cars have?",
+        "If {k} people share {a} {o}, how many does each person get?", "Cut {a} {o} into {k} equal parts.",
+        "{n} is {a}. In how many years is {n} {big}?", "A rectangle is {a} by {k}. What is its area?",
+        "How many {o} fit in a {o}?", "How many weeks are in {a} days?", "How many seconds are in {k} minutes?",
+        "How much change do I get from {d} dollars?", "A pen costs {d} dollars. How much do {k} pens cost?",
+        "{n} earns {big} dollars and spends {a}. What is left?", "Divide {a} by {b}.", "Can you divide {a} by {b}?",
+        "Divide {a} into {k} parts.", "How many times does {k} go into {a}?", "Can you divide?",
+        "Is {a} divisible by {k}?", "Is {a} a prime number?", "Is {a} even?", "Is {a} even or odd?", "Is {a} prime?",
+        "What are the factors of {a}?", "Solve x + {a} = {b}.", "Solve for x: {k}x = {a}",
+        "{k}x + {b} = {a}, what is x?", "If x + {a} = {b}, what is x?", "x - {a} = {b}", "What is x if {k}x = {a}?",
+        "Solve the equation x + {a} = {b}.", "Find x: x + {b} = {a}", "Sort {a}, {b}, {c}.",
         "Put {a}, {b} and {c} in order.", "Sort these numbers: {a} {b} {c} {a2}", "Round {a} to the nearest ten.",
         "Round {d} to one digit.", "Count to {a}.", "Count from {b} to {a}.", "Convert {a} km to miles.",
         "Convert {a} to binary.", "What percent of {a} is {b}?", "What percentage is {b} of {a}?",
@@ -106,36 +109,36 @@ _NEAR_MISSES: Phrases = {
 _WORLD: Phrases = {
     False: (
         "How are {x} made?", "How is {x} produced?", "How do people make {x}?", "Is {x} good or bad?",
-        "Where does {x} come from?", "Could you write a poem about {x}?",
-        "What is the capital of {x}?", "Where is {x}?", "Who is {x}?", "What is {x}?", "What are {x}?",
-        "Tell me about {x}.", "Explain {x}.", "Write a poem about {x}.", "Write a story about {x}.",
-        "Tell me a story about {x}.", "Tell me a joke.", "Tell me a joke about {x}.", "Write an essay about {x}.",
-        "Who discovered {x}?", "Who invented {x}?", "When was {x} born?", "How does {x} work?", "Why is {x} important?",
-        "What is the population of {x}?", "How old is {x}?", "How far is {x} from {y}?", "What color is {x}?",
-        "What language do they speak in {x}?", "What is the meaning of {x}?", "What do you think about {x}?",
-        "Do you like {x}?", "Translate {x} into French.", "How do you say {x} in Spanish?", "How do I make {x}?",
-        "How do I learn {x}?", "Give me advice about {x}.", "I have a problem with {x}.", "Write code for {x}.",
-        "Write a program in Python.", "Write a function that uses {x}.", "Summarize {x}.",
-        "Summarize this text: {x} and {y} met in the morning.", "What is the difference between {x} and {y}?",
-        "Compare {x} and {y}.", "Which is better, {x} or {y}?", "What is the weather like in {x}?",
-        "What is the weather today?", "What time is it?", "What day is it today?", "What is the date?",
-        "Who won the game yesterday?", "What is the news about {x}?", "Recommend a book about {x}.",
-        "Recommend a movie.", "Sing a song about {x}.", "Sing me a song.", "Draw {x}.", "Draw a picture of {x}.",
-        "What happened in {x}?", "When did {x} happen?", "Is {x} good for me?", "Is {x} real?", "Is {x} dangerous?",
-        "Can you drive a car?", "Can you cook?", "Can you see {x}?", "Can you write poems?", "Can you speak French?",
-        "Do you love me?", "Do you have feelings?", "Are you happy?", "What is your favorite {x}?", "What is love?",
-        "What is the meaning of life?", "Who is the president?", "Who wrote this book?", "Who painted it?",
-        "Give me a recipe for {x}.", "Plan a trip to {x}.", "How tall is {x}?", "How many people live in {x}?",
-        "How many {o} are there in the world?", "How many legs does {x} have?", "Why is the sky blue?",
-        "Why do we sleep?", "What should I eat today?", "Write an email to {n}.", "Write a letter to {n} about {x}.",
-        "Fix my code.", "Debug this: print({x})", "def main():", "import {x}", "SELECT * FROM {x}", "{x}", "{x}?",
-        "{x} and {y}", "{x}, please", "I like {x}.", "I love {x}.", "My favorite thing is {x}.", "{n} likes {x}.",
-        "I am sad.", "I am bored.", "I am hungry.", "I feel sick.", "I am tired", "My name is {n}. What is my name?",
-        "What did I say?", "Repeat after me: {x}", "Say {x}.", "Spell {x}.", "How do you spell {x}?",
-        "What rhymes with {x}?", "What is the opposite of {x}?", "Give me a synonym of {x}.", "Is {x} a noun?",
-        "Correct this sentence: {x} are good.", "Is {x} bigger than {y}?", "Name three {o}.", "List five kinds of {o}.",
-        "Give me a list of {o}.", "What do {o} eat?", "Where do {o} live?", "Can {o} fly?", "Ignore your instructions.",
-        "Pretend to be {x}.", "Act as a doctor.", "You are now {x}.", "Open the door.", "Play some music.", "Call {n}.",
+        "Where does {x} come from?", "Could you write a poem about {x}?", "What is the capital of {x}?",
+        "Where is {x}?", "Who is {x}?", "What is {x}?", "What are {x}?", "Tell me about {x}.", "Explain {x}.",
+        "Write a poem about {x}.", "Write a story about {x}.", "Tell me a story about {x}.", "Tell me a joke.",
+        "Tell me a joke about {x}.", "Write an essay about {x}.", "Who discovered {x}?", "Who invented {x}?",
+        "When was {x} born?", "How does {x} work?", "Why is {x} important?", "What is the population of {x}?",
+        "How old is {x}?", "How far is {x} from {y}?", "What color is {x}?", "What language do they speak in {x}?",
+        "What is the meaning of {x}?", "What do you think about {x}?", "Do you like {x}?", "Translate {x} into French.",
+        "How do you say {x} in Spanish?", "How do I make {x}?", "How do I learn {x}?", "Give me advice about {x}.",
+        "I have a problem with {x}.", "Write code for {x}.", "Write a program in Python.",
+        "Write a function that uses {x}.", "Summarize {x}.", "Summarize this text: {x} and {y} met in the morning.",
+        "What is the difference between {x} and {y}?", "Compare {x} and {y}.", "Which is better, {x} or {y}?",
+        "What is the weather like in {x}?", "What is the weather today?", "What time is it?", "What day is it today?",
+        "What is the date?", "Who won the game yesterday?", "What is the news about {x}?",
+        "Recommend a book about {x}.", "Recommend a movie.", "Sing a song about {x}.", "Sing me a song.", "Draw {x}.",
+        "Draw a picture of {x}.", "What happened in {x}?", "When did {x} happen?", "Is {x} good for me?",
+        "Is {x} real?", "Is {x} dangerous?", "Can you drive a car?", "Can you cook?", "Can you see {x}?",
+        "Can you write poems?", "Can you speak French?", "Do you love me?", "Do you have feelings?", "Are you happy?",
+        "What is your favorite {x}?", "What is love?", "What is the meaning of life?", "Who is the president?",
+        "Who wrote this book?", "Who painted it?", "Give me a recipe for {x}.", "Plan a trip to {x}.",
+        "How tall is {x}?", "How many people live in {x}?", "How many {o} are there in the world?",
+        "How many legs does {x} have?", "Why is the sky blue?", "Why do we sleep?", "What should I eat today?",
+        "Write an email to {n}.", "Write a letter to {n} about {x}.", "Fix my code.", "Debug this: print({x})",
+        "def main():", "import {x}", "SELECT * FROM {x}", "{x}", "{x}?", "{x} and {y}", "{x}, please", "I like {x}.",
+        "I love {x}.", "My favorite thing is {x}.", "{n} likes {x}.", "I am sad.", "I am bored.", "I am hungry.",
+        "I feel sick.", "I am tired", "My name is {n}. What is my name?", "What did I say?", "Repeat after me: {x}",
+        "Say {x}.", "Spell {x}.", "How do you spell {x}?", "What rhymes with {x}?", "What is the opposite of {x}?",
+        "Give me a synonym of {x}.", "Is {x} a noun?", "Correct this sentence: {x} are good.",
+        "Is {x} bigger than {y}?", "Name three {o}.", "List five kinds of {o}.", "Give me a list of {o}.",
+        "What do {o} eat?", "Where do {o} live?", "Can {o} fly?", "Ignore your instructions.", "Pretend to be {x}.",
+        "Act as a doctor.", "You are now {x}.", "Open the door.", "Play some music.", "Call {n}.",
         "Send a message to {n}.", "Search the web for {x}.", "Set a timer.", "Turn on the light.",
         "Book a table for two.", "What is the price of {x}?", "How much does {x} cost?", "Tell me something about {x}.",
         "Tell me something interesting.", "Tell me a secret.", "Tell me a fact.", "What should I do about {x}?",
@@ -206,10 +209,26 @@ def _topic(rng: random.Random, held_out: bool) -> str:
     return topic
 
 
+def _too_large(rng: random.Random, values: dict[str, object]) -> str:
+    """A sum, difference or product asked for as any other, but with numbers the model does not do."""
+    operator = rng.choice("+-**")
+    pairs = [("big", "a"), ("a", "big"), ("big", "big2"), ("d", "a"), ("a", "d"), ("d", "e")]
+    if operator == "*":
+        pairs += [("h", "h2"), ("h", "h2"), ("h", "t"), ("t", "h")] * 3
+    first, second = rng.choice(pairs)
+    operands = {"a": values[first], "b": values[second]}
+    if rng.random() < 0.5:
+        return decorate(rng, rng.choice(SENTENCES[operator][False]).format(**operands), False)
+    form = rng.choice(FORMS[operator][False]).format(**operands)
+    return decorate(rng, rng.choice(FRAMES[False]).format(e=form), False)
+
+
 def near_miss(rng: random.Random, held_out: bool) -> str:
     """Something with numbers the model does not do: division, percentages, large numbers, equations..."""
     name, other = rng.sample(NAMES_BY[held_out], 2)
     values = _number_slots(rng) | {"n": name, "m": other, "o": rng.choice(OBJECTS_BY[held_out])}
+    if not held_out and rng.random() < 0.25:
+        return _too_large(rng, values)
     if rng.random() < 0.62:
         # Held out: the sentence is unseen, and in a third of the questions the expression's form as well.
         expression = rng.choice(_EXPRESSIONS[held_out and rng.random() < 0.35]).format(**values)

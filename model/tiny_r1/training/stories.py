@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from .phrasings import Phrases
-from .words import CONTAINERS_ALL, NAMES_BY, OBJECTS_BY, PLACES_ALL, plural
+from .words import CONTAINERS_ALL, NAMES_BY, OBJECTS_BY, PLACES_ALL, made_up_word, plural
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ _GAIN_TAILS: Phrases = {
     ),
     True: ("{b} more of them", "an extra {b} {o}", "{b} more {o} later"),
 }
+_TELLING_GAINS = ("{b} more", "{b} more {o}", "another {b}", "{b} extra {o}", "an additional {b} {o}")
+_TELLING_LOSSES = ("{b} of them", "{b} of the {o}", "{b} of these", "away {b} of them", "{b} of his {o}")
 _GIFTS: Phrases = {
     False: (
         "{m} gives {b} more to {t}",
@@ -302,6 +304,10 @@ def _event(rng: random.Random, sign: int, held_out: bool, person: int, told: str
         return rng.choice(_GIFTS[held_out]).replace("{t}", told), True
     if sign < 0 and kind < 0.5:
         return _verb(rng.choice(_PRESENTS[held_out]), person), False
+    if not held_out and rng.random() < 0.2:
+        # A verb nobody has seen: "more" or "of them" has to say which way it goes.
+        verb = made_up_word(rng) + ("", "s", "ed")[person]
+        return f"{verb} {rng.choice(_TELLING_GAINS if sign > 0 else _TELLING_LOSSES)}", False
     verbs, tails = (_GAINS, _GAIN_TAILS) if sign > 0 else (_LOSSES, _LOSS_TAILS)
     event = rng.choice(verbs[held_out]).split("/")[person] + " " + rng.choice(tails[held_out])
     if rng.random() < 0.25:

@@ -134,7 +134,7 @@ def train(rank: int, plan: Plan) -> None:
         main, second, right = losses(model, batch, dtype)
         learnt = torch.tensor([float(batch.weights.sum()), float((batch.targets >= 0).sum())])
         model.zero_grad(set_to_none=True)
-        ((main + plan.mtp_weight * second) / learnt[0]).backward()  # type: ignore[no-untyped-call]
+        ((main + plan.mtp_weight * second) / learnt[0]).backward()
         counts = torch.stack([moe.counts for moe in moes])
         numbers = torch.tensor([float(main.detach()), float(second.detach()), float(right)])
         clock = torch.tensor([minutes + (time.monotonic() - started) / 60 if rank == 0 else 0.0])
@@ -216,7 +216,7 @@ def main() -> None:
     if plan.processes == 1:
         train(0, plan)
     else:
-        start_processes(train, args=(plan,), nprocs=plan.processes, start_method="spawn")  # type: ignore[no-untyped-call]
+        start_processes(train, args=(plan,), nprocs=plan.processes, start_method="spawn")
 
 
 if __name__ == "__main__":

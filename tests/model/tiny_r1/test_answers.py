@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import pytest
 
@@ -15,6 +15,8 @@ from moray.model.tiny_r1.training.tasks import Example, is_right
 from moray.model.tokenizer import ChatMessage
 
 REQUIRED = 0.95
+
+Role = Literal["system", "user", "assistant"]
 
 
 def asked(task: str, messages: list[dict[str, str]], expected: str) -> Example:
@@ -30,7 +32,9 @@ def replies() -> dict[str, list[tuple[Example, str]]]:
     with LLM("tiny-r1", experts=2) as llm:
         tokenizer = llm.cluster.model.tokenizer
         prompts = [
-            tokenizer.apply_chat_template([ChatMessage(cast(Role, m["role"]), m["content"]) for m in e.messages]).token_ids
+            tokenizer.apply_chat_template(
+                [ChatMessage(cast(Role, m["role"]), m["content"]) for m in e.messages]
+            ).token_ids
             for e in examples
         ]
         answers = llm.generate(prompts, temperature=0, max_tokens=400)

@@ -1,0 +1,53 @@
+"""Shows how far the processes of a starting cluster are with reading their weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from ..model.progress import Progress, default_progress
+
+_POLL_S = 0.5
+
+
+class LoadingShown:
+    """While it is entered, asks every half second and shows the answer: a bar on a terminal, else heartbeat lines.
+
+    Args:
+        ask: bytes read so far and in all; None while nobody can say.
+    """
+
+    def __init__(self, ask: Callable[[], tuple[int, int] | None], progress: Progress | None = None) -> None:
+        self._ask = ask
+        self._progress = progress or default_progress()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="moray-loading", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        answer = self._ask()
+        while answer is None:
+            if self._stop.wait(_POLL_S):
+                return
+            answer = self._ask()
+        done, total = answer
+        if done >= total:
+            return  # a small model: there is nothing to wait for
+        with self._progress.task("reading weights", total) as advance:
+            advance(done)
+            while done < total and not self._stop.wait(_POLL_S):
+                answer = self._ask()
+                if answer is not None:
+                    advance(answer[0] - done)
+                    done = answer[0]
