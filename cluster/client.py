@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def status(url: str | None, key_file: Path | None, *, as_json: bool) -> int:
     Raises:
         ClusterError: there is no server.
     """
-    with _client(url, key_file, _TIMEOUT_S) as client:
+    with _connected(url, key_file, _TIMEOUT_S) as client:
         found = _json(client.get("/v1/moray/status"))
     if as_json:
         print(json.dumps(found, indent=2))
@@ -52,7 +53,7 @@ def chat(
     """
     console = Console(highlight=False, soft_wrap=True)
     options = {k: v for k, v in (("temperature", temperature), ("max_tokens", max_tokens)) if v is not None}
-    with _client(url, key_file, _ANSWER_TIMEOUT_S) as client:
+    with _connected(url, key_file, _ANSWER_TIMEOUT_S) as client:
         model = _json(client.get("/v1/models"))["data"][0]["id"]
         messages: list[dict[str, str]] = []
         for line in [question] if question is not None else _questions(console):
@@ -102,18 +103,27 @@ def _ask(client: httpx.Client, body: dict[str, Any], console: Console) -> str:
     return content
 
 
-def _client(url: str | None, key_file: Path | None, timeout_s: float) -> httpx.Client:
+@contextlib.contextmanager
+def _connected(url: str | None, key_file: Path | None, timeout_s: float) -> Iterator[httpx.Client]:
+    """A client of the named server, or of the one on this machine; what goes wrong on the way becomes `ClusterError`."""
+    starting = ""
     if url is None:
         alive = [record for record in RunState().records() if record.server.alive]
         if not alive:
             raise ClusterError("no `moray serve` runs on this machine; start one, or name a server with --url")
         url = alive[0].url
+        starting = " (it may still be starting)"
         if len(alive) > 1:
             print(f"moray: {len(alive)} servers run here; taking the newest, {url}", file=sys.stderr)
     headers = {} if key_file is None else {"Authorization": f"Bearer {load_api_keys(key_file)[0]}"}
-    return httpx.Client(
-        base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout_s, trust_env=False
-    )
+    base = url.rstrip("/").removesuffix("/v1")
+    try:
+        with httpx.Client(base_url=base, headers=headers, timeout=timeout_s, trust_env=False) as client:
+            yield client
+    except httpx.ConnectError as error:
+        raise ClusterError(f"nothing answers at {url}{starting}: {error}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ClusterError(f"the server at {url} did not answer as expected: {error!r}") from error
 
 
 def _json(response: httpx.Response) -> Any:

@@ -54,10 +54,7 @@ def serve(deployment: Deployment, *, address: str | None, local: bool) -> int:
             signals.wait()
             _say("stopping")
             return 0
-        except (
-            KeyboardInterrupt,
-            SystemExit,
-        ):  # the second from Ray's own handler of SIGTERM, in place while it starts
+        except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's own handler of SIGTERM, in place while Ray starts
             _say("interrupted; stopping")
             return _INTERRUPTED
         finally:

@@ -52,6 +52,7 @@ SHAPES = [
     Shape("one-group", {"n_group": 1, "topk_group": 1}),
     Shape("groups-4-keep-2", {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}),
     Shape("no-dense-layers", {"first_k_dense_replace": 0}),
+    Shape("two-dense-layers", {"first_k_dense_replace": 2}),
     Shape("three-dense-layers", {"first_k_dense_replace": 3, "num_hidden_layers": 4}),
     Shape("two-shared-experts", {"n_shared_experts": 2}),
     Shape("yarn", {"rope_scaling": YARN}),
