@@ -175,7 +175,7 @@ class ClusterClient(EngineClient):
     Args:
         directory: asks the controller where the routers are: router id -> address.
         describe: asks the controller for the cluster's state; the routers' own counters are asked of them directly.
-        secret: the cluster's.
+        secret: the cluster's; `directory` may set it anew, for a controller that was replaced brings a new one.
         front_id: this front's identity.
     """
 
@@ -189,7 +189,7 @@ class ClusterClient(EngineClient):
     ) -> None:
         self._directory = directory
         self._describe = describe
-        self._secret = secret
+        self.secret = secret
         self._front_id = front_id
         self._connections: dict[str, RouterConnection] = {}
         self._reconnecting: asyncio.Task[None] | None = None
@@ -210,7 +210,7 @@ class ClusterClient(EngineClient):
             if connection is None or connection.lost is not None:
                 try:
                     self._connections[router_id] = await RouterConnection.open(
-                        router_id, address, secret=self._secret, identity=self._front_id
+                        router_id, address, secret=self.secret, identity=self._front_id
                     )
                 except MorayError as error:
                     failures.append(error)  # the others may well be there

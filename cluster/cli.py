@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
@@ -27,6 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def run() -> NoReturn:
+    """Run the command and end the process: what the `moray` script calls."""
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "ray" in sys.modules:
+        # Everything has been ended in order. Where Ray could not be, its threads still wait for processes that are gone,
+        # and crash an interpreter that takes itself apart around them.
+        os._exit(status)
+    sys.exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,4 +152,4 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

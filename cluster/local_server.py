@@ -63,6 +63,9 @@ class LocalServer:
                 raise ClusterError(f"the HTTP server did not start on {self.url}; see the messages above")
             time.sleep(0.01)
 
+    def check(self) -> None:
+        """Everything here lives and dies with this process."""
+
     def stop(self) -> None:
         """Stop listening, then the cluster."""
         self._undo.close()

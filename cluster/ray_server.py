@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,12 @@ _OBJECT_STORE_BYTES = 128 << 20
 
 _SERVE_GONE_S = 60.0
 """How long Serve may take to end its own processes."""
+
+_STOP_S = 50.0
+"""For the end in order: less than the minute after which Ray ends a process that it cannot serve."""
+
+_RAY_GONE_S = 3.0
+"""How long the end may take once Ray's own processes are gone, as they are at its very end."""
 
 _POLL_S = 0.05
 
@@ -49,6 +56,7 @@ class RayServer:
         self._started_serve = False
         self._keep_logs = False
         self._sessions: Path | None = None
+        self._node: Any = None
         self.url = url_of(deployment.front.host, deployment.front.port)
 
     @property
@@ -104,6 +112,8 @@ class RayServer:
         from ray._common.utils import get_default_ray_temp_dir
 
         self._sessions = Path(get_default_ray_temp_dir())
+        # Ray's default of 15 is for batch jobs: a server would come after whatever else the machine does.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         experts, routers = self._deployment.experts, self._deployment.routers
         wanted = experts.hosts * experts.cpus + routers.replicas * routers.cpus
         ray.init(
@@ -114,6 +124,7 @@ class RayServer:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+        self._node = ray._private.worker._global_node
 
     def _deploy(self) -> None:
         from ray import serve
@@ -121,7 +132,8 @@ class RayServer:
 
         from .serve_app import build
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # What goes wrong is raised; its warnings are about handles that wait for replicas still starting.
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         front = self._deployment.front
         running = None if self._address is None else _get_global_client(raise_if_no_controller_running=False)
         if running is None:
@@ -131,8 +143,8 @@ class RayServer:
         else:
             if _APP in serve.status().applications:
                 raise ClusterError(
-                    f"the cluster at {self._address} runs an application {_APP!r} already; remove it with "
-                    f"`serve delete {_APP}`, or start a cluster of your own by leaving out --address"
+                    f"the cluster at {self._address} runs an application {_APP!r} already; end it "
+                    "(`serve shutdown` ends everything of Serve there), or leave out --address to start a cluster"
                 )
             # Serve listens where it was told when it was started; it cannot be told anew.
             self.url = url_of(running.http_config.host, running.http_config.port)
@@ -151,21 +163,55 @@ class RayServer:
         application = serve.status().applications.get(_APP)
         return "\n".join(d.message for d in application.deployments.values()) if application else ""
 
+    def check(self) -> None:
+        """Look whether Ray itself still runs.
+
+        Raises:
+            ClusterError: one of its own processes has ended, without which nothing can be started or restored.
+        """
+        node = self._node
+        ended = [kind for kind, _ in node.dead_processes()] if node is not None else []
+        if ended:
+            raise ClusterError(f"Ray's {', '.join(ended)} ended, which no cluster survives; start it again")
+
     def stop(self) -> None:
-        """Take the application down, and whatever else of Serve and Ray was started here."""
+        """Take the application down, and whatever else of Serve and Ray was started here.
+
+        What does not end in order is left for the caller to end: its processes run below this one.
+        """
         if "ray" not in sys.modules:
             return
         import ray
 
         if ray.is_initialized():
-            try:
-                self._take_down()
-            except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
-                # The processes are ended in any case: with Ray if it was started here, else by their owner's end.
-                logger.warning("the application did not end in order: %s", error)
-            ray.shutdown()
+            # In a thread, for it cannot be interrupted: where Ray's processes got the same SIGTERM as this one, Ray waits
+            # a minute for them, and then ends this process as it stands.
+            stopping = threading.Thread(target=self._stop_in_order, name="moray-stop", daemon=True)
+            stopping.start()
+            if not self._waited_for(stopping):
+                logger.warning("Ray does not answer any more; ending its processes")
         if self.session and not self._keep_logs:
             shutil.rmtree(self.session, ignore_errors=True)
+
+    def _waited_for(self, stopping: threading.Thread) -> bool:
+        deadline = time.monotonic() + _STOP_S
+        while stopping.is_alive():
+            stopping.join(_POLL_S)
+            if self._node is not None and self._node.dead_processes():
+                deadline = min(deadline, time.monotonic() + _RAY_GONE_S)
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    def _stop_in_order(self) -> None:
+        import ray
+
+        try:
+            self._take_down()
+        except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
+            # The processes are ended in any case: with Ray if it was started here, else by their owner's end.
+            logger.warning("the application did not end in order: %s", error)
+        ray.shutdown()
 
     def _take_down(self) -> None:
         from ray import serve
@@ -185,7 +231,7 @@ def _load_progress() -> tuple[int, int] | None:
     try:
         handle = serve.get_deployment_handle("controller", app_name=_APP)
         progress: tuple[int, int] = handle.load_progress.remote().result(timeout_s=_CALL_S)
-    except (RayServeException, ray.exceptions.RayError, TimeoutError, RuntimeError):
+    except (RayServeException, ray.exceptions.RayError, KeyError, TimeoutError, RuntimeError):
         return None  # it does not run yet, or any more
     return progress
 

@@ -88,6 +88,7 @@ class FrontDeployment:
 
     async def _routers(self) -> dict[str, str]:
         directory: Directory = await self._ask("directory", _STATUS_TIMEOUT_S)
+        self._client.secret = directory.secret
         return directory.routers
 
     async def _status(self) -> ClusterStatus:

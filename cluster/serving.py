@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -22,6 +23,8 @@ logger = logging.getLogger("moray.serve")
 _RECORD_EVERY_S = 1.0
 """How often the record of our processes is brought up to date: they come one by one, and restored hosts have new pids."""
 
+_CHECK_EVERY_S = 1.0
+
 _INTERRUPTED = 130
 """Exit status of a start that was interrupted, as shells report it."""
 
@@ -34,7 +37,7 @@ def serve(deployment: Deployment, *, address: str | None, local: bool) -> int:
         local: everything in this process, without Ray.
 
     Raises:
-        MorayError: it could not be started; nothing is left running.
+        MorayError: it could not be started, or what it runs on has ended; nothing is left running.
     """
     started = time.monotonic()
     state = RunState()
@@ -51,7 +54,8 @@ def serve(deployment: Deployment, *, address: str | None, local: bool) -> int:
             signals.started()
             recorder.update()
             _say(_ready_line(deployment, server.url, time.monotonic() - started))
-            signals.wait()
+            while not signals.wait(_CHECK_EVERY_S):
+                server.check()
             _say("stopping")
             return 0
         except (KeyboardInterrupt, SystemExit):  # SystemExit: Ray's own handler of SIGTERM, in place while Ray starts
@@ -83,9 +87,9 @@ class _Signals:
         """From now on signals end `wait`."""
         self._starting = False
 
-    def wait(self) -> None:
-        """Return when a signal arrives, or has arrived."""
-        os.read(self._arrived, 1)
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for a signal; whether one has arrived."""
+        return bool(select.select([self._arrived], [], [], timeout_s)[0])
 
     def ignore(self) -> None:
         """Go on whatever arrives, until the process ends: an impatient second Ctrl-C must not leave processes behind."""

@@ -68,6 +68,11 @@ class LinkError(MorayError):
     def __init__(self, peer: str, message: str) -> None:
         super().__init__(f"link to {peer}: {message}")
         self.peer = peer
+        self._message = message
+
+    def __reduce__(self) -> tuple[type[LinkError], tuple[str, str]]:
+        # It must cross from one process to another, which the default does with the finished text alone.
+        return type(self), (self.peer, self._message)
 
 
 class PeerDiedError(LinkError):

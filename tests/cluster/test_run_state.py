@@ -86,7 +86,7 @@ def test_cleaning_up_ends_what_a_dead_server_left(
     state.write(record)
 
     assert state.clean_up() == [], "the server runs"
-    assert record.processes[0].alive
+    assert identity(left) == record.processes[0]
 
     server.kill()
     server.wait()

@@ -6,14 +6,17 @@ import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from .serve_process import KEY, Serve, eventually
+from moray.cluster.run_state import descendants
 
-pytestmark = pytest.mark.ray
+from .serve_process import KEY, START_S, Serve, eventually
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 TOKENS = 400
 PROMPT = [100 + i % 200 for i in range(70)]
@@ -95,3 +98,21 @@ def test_a_router_is_started_again(shm_server: Serve) -> None:
     restored = process(shm_server, "router-0", None)
     assert restored["state"] == "ready"
     assert restored["pid"] != victim["pid"]
+
+
+def test_a_controller_is_started_again(gloo_server: Serve) -> None:
+    """Its hosts and routers end with it; the front finds the new ones."""
+    with gloo_server.client(key=KEY) as client:
+        undisturbed = stream_ids(client, [])
+        before = {p["pid"] for p in gloo_server.status(key=KEY)["processes"]}
+        (controller,) = (
+            found.pid
+            for found in descendants(gloo_server.process.pid)
+            if b"ServeReplica:moray:controller" in Path(f"/proc/{found.pid}/cmdline").read_bytes()
+        )
+        os.kill(controller, signal.SIGKILL)
+        eventually(lambda: health(client) == 503, "/health says that the cluster is gone")
+        eventually(lambda: health(client) == 200, "/health says that all is well again", within_s=START_S)
+
+        assert stream_ids(client, []) == undisturbed
+        assert before.isdisjoint(p["pid"] for p in gloo_server.status(key=KEY)["processes"])

@@ -113,3 +113,25 @@ def test_a_local_server_ends_in_order(serve_factory: Callable[..., Serve]) -> No
         assert serve.end(signal.SIGTERM, signal.SIGINT) == 0
     assert_nothing_left(serve)
     assert serve.stderr == ""
+
+
+def test_a_server_whose_whole_process_group_is_ended(serve_factory: Callable[..., Serve]) -> None:
+    """As service managers do: SIGTERM to it and to everything below it."""
+    serve = serve_factory("tiny-r1", "--experts", "2").wait_ready()
+    for process in serve.processes():
+        os.kill(process.pid, signal.SIGTERM)
+    assert serve.end(signal.SIGTERM) == 0
+    assert_nothing_left(serve)
+    assert sessions_of(serve) == set()
+    assert "Traceback" not in serve.stderr
+
+
+def test_a_server_whose_ray_has_ended(serve_factory: Callable[..., Serve]) -> None:
+    serve = serve_factory("tiny-r1", "--experts", "1").wait_ready()
+    (gcs,) = (process.pid for process in serve.processes() if "gcs_server" in command_line(process.pid).split(" ")[0])
+    os.kill(gcs, signal.SIGKILL)
+    eventually(lambda: serve.process.poll() is not None, "it gives up")
+    assert serve.process.returncode == 1
+    assert "moray: error: Ray's gcs_server ended" in serve.stderr
+    assert_nothing_left(serve)
+    assert sessions_of(serve) == set()

@@ -46,9 +46,12 @@ _EXPRESSIONS: Phrases = {
 
 _NEAR_MISSES: Phrases = {
     False: (
+        "{n} splits {a} {o} equally among {k} kids. How many does each kid get?",
+        "{n} puts {a} {o} equally into {k} bags. How many are in each bag?",
+        "{n} splits {a} {o} into {k} equal boxes. How many are in each box?",
+
         "Sort {a}, {b} and {c}.", "Please sort {a}, {b}, {c}.", "Could you sort {a} and {b} and {c}?",
         "Order {a}, {b} and {c}.", "Could you round {a}?",
-
         "{n} splits {a} {o} between {k} friends. How many does each get?",
         "{n} divides {a} {o} into {k} piles. How many are in each?", "What is {a} split into {k} parts?",
         "Could you divide {a} by {k}?", "Could you multiply {h} by {t}?",
@@ -211,10 +214,10 @@ def _topic(rng: random.Random, held_out: bool) -> str:
 
 def _too_large(rng: random.Random, values: dict[str, object]) -> str:
     """A sum, difference or product asked for as any other, but with numbers the model does not do."""
-    operator = rng.choice("+-**")
+    operator = rng.choice("+-*")
     pairs = [("big", "a"), ("a", "big"), ("big", "big2"), ("d", "a"), ("a", "d"), ("d", "e")]
     if operator == "*":
-        pairs += [("h", "h2"), ("h", "h2"), ("h", "t"), ("t", "h")] * 3
+        pairs += [("h", "h2"), ("h", "h2"), ("h", "t"), ("t", "h")] * 2
     first, second = rng.choice(pairs)
     operands = {"a": values[first], "b": values[second]}
     if rng.random() < 0.5:
@@ -227,7 +230,7 @@ def near_miss(rng: random.Random, held_out: bool) -> str:
     """Something with numbers the model does not do: division, percentages, large numbers, equations..."""
     name, other = rng.sample(NAMES_BY[held_out], 2)
     values = _number_slots(rng) | {"n": name, "m": other, "o": rng.choice(OBJECTS_BY[held_out])}
-    if not held_out and rng.random() < 0.25:
+    if not held_out and rng.random() < 0.2:
         return _too_large(rng, values)
     if rng.random() < 0.62:
         # Held out: the sentence is unseen, and in a third of the questions the expression's form as well.

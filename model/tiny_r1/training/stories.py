@@ -21,11 +21,12 @@ class Story:
 # {n} a person, {m} another, {o} what is counted, {a}/{b}/{c} numbers, {p} a place. Verbs: "buy/buys/bought".
 _STARTS: Phrases = {
     False: (
+        "{n} at first had {a} {o}", "{n} began the day with {a} {o}",
         "In total {n} has {a} {o}", "{n} first had {a} {o}", "{n} had {a} {o} at first",
-        "There are {a} {o} near the {p}", "At the {p} there are {a} {o}",
-        "{n} has {a} {o}", "{n} had {a} {o}", "{n} has {a} {o}", "{n} owns {a} {o}", "{n} starts with {a} {o}",
-        "There are {a} {o} in the {p}", "There were {a} {o} in a {p}", "{n} bought {a} {o}", "{n} found {a} {o}",
-        "{n} has got {a} {o}", "{n} collected {a} {o}", "{n} made {a} {o}", "A {p} has {a} {o}", "The {p} had {a} {o}",
+        "There are {a} {o} near the {p}", "At the {p} there are {a} {o}", "{n} has {a} {o}", "{n} had {a} {o}",
+        "{n} has {a} {o}", "{n} owns {a} {o}", "{n} starts with {a} {o}", "There are {a} {o} in the {p}",
+        "There were {a} {o} in a {p}", "{n} bought {a} {o}", "{n} found {a} {o}", "{n} has got {a} {o}",
+        "{n} collected {a} {o}", "{n} made {a} {o}", "A {p} has {a} {o}", "The {p} had {a} {o}",
         "In the {p} there are {a} {o}", "{n} counted {a} {o}", "{n} picked {a} {o}", "{n} has {a} {o} in a {p}",
     ),
     True: (
@@ -146,19 +147,17 @@ _PRESENTS: Phrases = {
 _ASK_NOW: Phrases = {
     False: (
         "So how many {o} are there now?", "How many {does} {t} have now?", "Now how many {o} {does} {t} have?",
-        "In the end, how many {o} are there?",
-        "How many {o} {does} {t} have now?", "How many {o} are there now?", "How many {o} {does} {t} have?",
-        "How many now?", "How many {does} {t} have in the end?", "What is the number of {o} now?",
-        "How many {o} is that?", "How many {o} are there?",
+        "In the end, how many {o} are there?", "How many {o} {does} {t} have now?", "How many {o} are there now?",
+        "How many {o} {does} {t} have?", "How many now?", "How many {does} {t} have in the end?",
+        "What is the number of {o} now?", "How many {o} is that?", "How many {o} are there?",
     ),
     True: ("So how many {o} {does} {t} have?", "How many {o} in the end?", "Now how many {o} are there?"),
 }  # fmt: skip
 _ASK_TOTAL: Phrases = {
     False: (
-        "What is the total of {o}?", "In all, how many {o} are there?",
-        "How many {o} {does} {t} have in total?", "How many {o} are there in total?", "How many altogether?",
-        "What is the total?", "How many {o} in all?", "How many {o} {does} {t} have altogether?",
-        "How many {o} in total?",
+        "What is the total of {o}?", "In all, how many {o} are there?", "How many {o} {does} {t} have in total?",
+        "How many {o} are there in total?", "How many altogether?", "What is the total?", "How many {o} in all?",
+        "How many {o} {does} {t} have altogether?", "How many {o} in total?",
     ),
     True: (
         "What is the total number of {o}?", "Altogether, how many {o} is that?", "In total, how many {o} are there?",
@@ -166,16 +165,18 @@ _ASK_TOTAL: Phrases = {
 }  # fmt: skip
 _ASK_LEFT: Phrases = {
     False: (
-        "How many are still there?", "So how many {o} are left?", "Then how many {o} are left?",
-        "How many are left?", "How many {o} are left?", "How many {o} {does} {t} have left?",
-        "How many {does} {t} have left?", "How many remain?", "How many {o} remain?", "What is left?",
-        "How many {o} {does} {t} still have?",
+        "How many are still there?", "So how many {o} are left?", "Then how many {o} are left?", "How many are left?",
+        "How many {o} are left?", "How many {o} {does} {t} have left?", "How many {does} {t} have left?",
+        "How many remain?", "How many {o} remain?", "What is left?", "How many {o} {does} {t} still have?",
     ),
     True: ("How many {o} are still left?", "So how many are left?", "How many {o} are remaining?"),
 }  # fmt: skip
 # a groups of b; {g} one group, {gs} groups.
 _PRODUCTS: Phrases = {
     False: (
+        "A {g} has {b} {o} inside. How many {o} are in {a} {gs}?",
+
+        "{n} bought {a} {gs} and every {g} has {b} {o}. How many {o} is that in total?",
         "In each {g} there are {b} {o}. How many {o} are in {a} {gs}?",
         "Every {g} contains {b} {o}. How many {o} do {a} {gs} contain?",
         "{n} puts {b} {o} into each of {a} {gs}. How many {o} is that?",
@@ -227,6 +228,8 @@ _PRODUCTS: Phrases = {
 # Two people: together, and the difference (a >= b).
 _TOGETHER: Phrases = {
     False: (
+        "Altogether, how many {o} do {n} and {m} have if {n} has {a} and {m} has {b}?",
+        "In total, how many {o} do {n} and {m} have? {n} has {a} and {m} has {b}.",
         "How many {o} do {n} and {m} have together if {n} has {a} and {m} has {b}?",
         "{n} collected {a} {o}, {m} collected {b}. How many is that in total?",
         "If {n} has {a} {o} and {m} has {b}, how many is that together?",
@@ -258,6 +261,10 @@ _TOGETHER: Phrases = {
 }  # fmt: skip
 _DIFFERENCE: Phrases = {
     False: (
+        "How many more {o} has {n} than {m}? {n} has {a}, {m} has {b}.",
+        "How many more does {n} have than {m} if {n} owns {a} {o} and {m} owns {b}?",
+        "If {n} has {a} {o} and {m} has {b}, how many more has {n}?",
+
         "Of {a} {o}, {b} are blue. How many are not blue?",
         "{n} has {a} {o}, {m} only {b}. How many more does {n} have?",
         "How many more {o} has {n} than {m} if {n} has {a} and {m} {b}?",
@@ -304,7 +311,7 @@ def _event(rng: random.Random, sign: int, held_out: bool, person: int, told: str
         return rng.choice(_GIFTS[held_out]).replace("{t}", told), True
     if sign < 0 and kind < 0.5:
         return _verb(rng.choice(_PRESENTS[held_out]), person), False
-    if not held_out and rng.random() < 0.2:
+    if not held_out and rng.random() < 0.35:
         # A verb nobody has seen: "more" or "of them" has to say which way it goes.
         verb = made_up_word(rng) + ("", "s", "ed")[person]
         return f"{verb} {rng.choice(_TELLING_GAINS if sign > 0 else _TELLING_LOSSES)}", False

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from . import chat, phrasings, refusals
 from .arithmetic import Scratchpad, evaluate, work_out
 from .stories import write_story
-from .words import made_up_word
+from .words import blur, made_up_word
 
 THINK_END = "</think>"
 Message = dict[str, str]
@@ -151,7 +151,8 @@ def _word_problem(rng: random.Random, held_out: bool) -> Example:
     readings = _STORY_READINGS[operators if len(operators) == 1 else ""]
     pad.say(rng.choice(readings).format(_expression(numbers, operators)))
     result = work_out(pad, numbers, operators)
-    text = phrasings.decorate(rng, story.text, held_out) if rng.random() < 0.5 else story.text
+    text = blur(rng, story.text) if not held_out and rng.random() < 0.3 else story.text
+    text = phrasings.decorate(rng, text, held_out) if rng.random() < 0.5 else text
     answer = rng.choice((f"The answer is {result}.", f"That makes {result}."))
     return _question("word_problems", text, pad.text(), answer, result)
 
@@ -189,6 +190,11 @@ def _chat(rng: random.Random, held_out: bool) -> Example:
     text = rng.choice(chat.ASKS[intent][held_out])
     if rng.random() < 0.5:
         text = text.lower() if rng.random() < 0.5 else text.rstrip("!?.")
+    if not held_out and rng.random() < 0.2:
+        text = text.rstrip("!?.") + rng.choice(
+            (" please", ", please", " friend", ", bot", " again", " then", ", tiny", " now")
+        )
+        text += rng.choice(("", "!", "?", "."))
     thought = rng.choice(chat.THOUGHTS[intent])
     return _question("chat", text, thought, rng.choice(chat.REPLIES[intent]), intent)
 

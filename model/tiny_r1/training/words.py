@@ -98,3 +98,22 @@ def plural(noun: str) -> str:
 def made_up_word(rng: random.Random) -> str:
     """A word nobody has seen: what it means cannot be learnt, so only 'I do not know this' can be."""
     return "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((1, 2, 2, 3, 3, 4))))
+
+
+# The words of a story that say what to calculate; all others may be unknown to a reader.
+_CUE_TEXT = (
+    "how many much more most less fewer than left remain remains remaining still away lost lose loses gone each every per "
+    "together total altogether all both another extra additional new and then later now have has had not there are were "
+    "cost costs holds contains contain with them these those the for from into out off old older younger years only but"
+)
+_CUES = frozenset(_CUE_TEXT.split())
+
+
+def blur(rng: random.Random, text: str) -> str:
+    """Replace up to three words that are no cues by words nobody has seen, so that the cues have to do."""
+    words = text.split(" ")
+    spots = [i for i, word in enumerate(words) if len(word) > 2 and word.isalpha() and word.lower() not in _CUES]
+    for spot in rng.sample(spots, min(len(spots), rng.randint(1, 3))):
+        unknown = made_up_word(rng)
+        words[spot] = unknown.capitalize() if words[spot][0].isupper() else unknown
+    return " ".join(words)
