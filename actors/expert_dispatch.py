@@ -95,6 +95,11 @@ class ExpertDispatch:
         self._build_routes()
 
     @property
+    def unlinked(self) -> list[str]:
+        """Hosts of the table that there is no link to."""
+        return [host for host in self.table.slots if host not in self._links]
+
+    @property
     def missing(self) -> int:
         """(layer, expert) pairs that no host can compute now; those that refuse their work are no better than lost ones."""
         return len(self.table.missing(set(self._links) - set(self.broken)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from ..configs.errors import ConfigError
+from ..configs.errors import ConfigError, LinkError
 from ..model.checkpoint import Checkpoint
 from ..model.config import ModelConfig
 from ..model.loading import load_dense
@@ -25,7 +26,12 @@ from .placement_table import PlacementTable
 from .router import Router, RouterSettings
 from .router_server import RouterServer
 
+logger = logging.getLogger("moray.router")
+
 _DIAL_TIMEOUT_S = 30.0
+
+_MEND_PAUSE_S = 0.5
+"""Between looks at lost links. A host that was killed refuses a dial at once; one that was only slow takes it."""
 
 HostAddresses = Sequence[LinkAddress]
 """Every address one expert host listens on, one for each kind of link it offers."""
@@ -92,8 +98,10 @@ class RouterProcess:
         links = {host: self._dial(addresses) for host, addresses in hosts.items()}
         dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s)
         self._router = Router(router_id, config, weights, dispatch, settings)
+        self._hosts = dict(hosts)
         self._router.start(on_failure=self.stopped.set)  # a process without its step loop is of no use: be restored
         self._server = RouterServer(self._router, bind_host=bind_host, secret=secret)
+        threading.Thread(target=self._mend, name=f"{router_id}-mend", daemon=True).start()
 
     @property
     def address(self) -> str:
@@ -116,6 +124,7 @@ class RouterProcess:
         Raises:
             LinkError: the host is not there.
         """
+        self._hosts[host] = addresses
         self._router.set_link(host, self._dial(addresses))
 
     def stats(self) -> RouterStats:
@@ -127,6 +136,18 @@ class RouterProcess:
         self._server.close()
         self._router.stop()
         self.stopped.set()
+
+    def _mend(self) -> None:
+        """Link again to hosts whose link was lost while they live: one that was slow once must not stay away for good."""
+        while not self.stopped.wait(_MEND_PAUSE_S):
+            for host in self._router.dispatch.unlinked:
+                try:
+                    link = self._dial(self._hosts[host])
+                except LinkError as error:
+                    logger.debug("%s: %s", self._router_id, error)
+                else:
+                    logger.warning("%s: linked to %s again", self._router_id, host)
+                    self._router.set_link(host, link)
 
     def _dial(self, addresses: HostAddresses) -> Link:
         return dial_host(addresses, self._link, secret=self._secret, identity=self._router_id)

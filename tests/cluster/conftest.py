@@ -40,7 +40,7 @@ def gloo_server(serve_factory: Callable[..., Serve], tmp_path_factory: pytest.Te
     deployment = {
         "model": "tiny-r1",
         "link": "gloo",
-        "experts": {"hosts": 3},
+        "experts": {"hosts": 3, "reply_timeout_s": 4.0},
         "routers": {"max_running": 16, "max_waiting": 20},
         "front": {"api_key_file": str(folder / "keys"), "body_limit_bytes": 20000},
     }

@@ -81,6 +81,24 @@ def test_a_stream_outlives_an_expert_host(link: str, request: pytest.FixtureRequ
     assert router["requests_failed"] == 0
 
 
+def test_a_stream_outlives_a_host_that_hangs_for_a_while(gloo_server: Serve) -> None:
+    """Silent past the deadline of 4 s it is given up; once it goes on it is linked to again, though it never died."""
+    with gloo_server.client(key=KEY) as client, ThreadPoolExecutor(1) as thread:
+        undisturbed = stream_ids(client, [])
+        victim = process(gloo_server, "expert-host-2", KEY)
+        seen: list[int] = []
+        stream = thread.submit(stream_ids, client, seen)
+        eventually(lambda: len(seen) > 10, "the stream has begun")
+        os.kill(victim["pid"], signal.SIGSTOP)
+        try:
+            eventually(lambda: health(client) == 503, "/health says that experts are missing")
+        finally:
+            os.kill(victim["pid"], signal.SIGCONT)
+        eventually(lambda: health(client) == 200, "/health says that all is well again")
+        assert stream.result(timeout=120) == undisturbed
+    assert process(gloo_server, "expert-host-2", KEY)["pid"] == victim["pid"]
+
+
 def test_a_router_is_started_again(shm_server: Serve) -> None:
     with shm_server.client() as client, ThreadPoolExecutor(1) as thread:
         undisturbed = stream_ids(client, [])
