@@ -7,6 +7,8 @@ every device; nothing here is tuned beyond what loading a checkpoint needs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 BLOCK = 128
@@ -20,6 +22,44 @@ _SMALLEST_AMAX = 1e-12
 
 _ROWS_AT_A_TIME = 8 * BLOCK
 """Rows decoded together: bounds the temporaries of a [4096, 7168] decode to a few tens of MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeight:
+    """A weight kept as it is stored.
+
+    Attributes:
+        codes: [N, K] float8_e4m3fn, contiguous; never NaN (loading refuses that).
+        scale_inv: [ceil(N/128), ceil(K/128)] fp32, on the same device.
+    """
+
+    codes: torch.Tensor
+    scale_inv: torch.Tensor
+
+    def __post_init__(self) -> None:
+        assert self.codes.dtype == torch.float8_e4m3fn, self.codes.dtype
+        assert self.scale_inv.shape == scale_shape(*self.codes.shape), (self.codes.shape, self.scale_inv.shape)
+
+    def to(self, device: torch.device) -> BlockWeight:
+        """The same weight on `device`."""
+        return BlockWeight(self.codes.to(device), self.scale_inv.to(device))
+
+
+Weight = torch.Tensor | BlockWeight
+"""A matrix [N, K] a linear layer multiplies with: in a compute dtype, or in FP8 as stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations in FP8, each row in groups of 128 columns that share a scale.
+
+    Attributes:
+        codes: [T, K] float8_e4m3fn, contiguous.
+        scales: [T, ceil(K/128)] fp32; the value of an element is its code times the scale of its group.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
 
 
 def scale_shape(rows: int, columns: int) -> tuple[int, int]:
