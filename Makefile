@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | tiny-r1      (each sets up what is missing first)
+# make setup | demo | test | lint | kernels | tiny-r1      (each sets up what is missing first)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ PORT ?= 8000
 # Explicit everywhere: unset, Ray would turn token authentication on and write a token into the home directory.
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: setup demo test lint tiny-r1 clean
+.PHONY: setup demo test lint kernels tiny-r1 clean
 
 setup: $(STAMP)
 
@@ -26,14 +26,20 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/python -m moray.cluster.demo --port $(PORT) $(if $(ONCE),--once)
 
+# Twice: Triton decides when it is imported whether a process interprets kernels or compiles them.
 test: setup lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/numerics
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p moray
 	$(BIN)/mypy --explicit-package-bases tests
+
+# Compiles every kernel for six GPU generations, none of which needs to be here, and prints what came out.
+kernels: setup
+	$(BIN)/python -m moray.kernels.table
 
 # Trains the embedded model again: about an hour on two CPU cores.
 tiny-r1: setup

@@ -8,12 +8,42 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 
-from . import rms_norm
+from . import (
+    block_gemm,
+    combine,
+    dense_gemm,
+    gate,
+    grouped_gemm,
+    latent,
+    mla_decode,
+    mla_prefill,
+    permute,
+    quantize,
+    rms_norm,
+    rope,
+    sampling_kernels,
+    silu_quantize,
+)
 from .cases import Case
 from .codegen import MachineCode, compile_case
 from .launch import ARCHITECTURES
 
-MODULES = (rms_norm,)
+MODULES = (
+    rms_norm,
+    sampling_kernels,
+    block_gemm,
+    dense_gemm,
+    quantize,
+    silu_quantize,
+    grouped_gemm,
+    permute,
+    combine,
+    gate,
+    rope,
+    latent,
+    mla_decode,
+    mla_prefill,
+)
 """Every module that has a Triton kernel."""
 
 

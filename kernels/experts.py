@@ -1,31 +1,82 @@
-"""The feed-forward part: SwiGLU MLPs one by one and grouped by expert, and the exact combine."""
+"""The feed-forward part: SwiGLU MLPs (Shazeer, 2020, arXiv:2002.05202) one by one, and grouped by expert."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from .linear import linear, silu
+from .block_gemm import block_gemm
+from .fp8 import BlockWeight, Weight
+from .grouped_gemm import WeightTable, grouped_gemm, schedule_tiles, token_tile
+from .launch import uses_triton
+from .linear import linear
+from .quantize import quantize_rows
+from .silu_quantize import silu_mul, silu_mul_quantize
 
 
 @dataclass(frozen=True, slots=True)
 class MlpWeights:
-    """One SwiGLU MLP: gate_up [2N, H] (gate rows first, then up rows) and down [H, N], in the compute dtype."""
+    """One SwiGLU MLP: gate_up [2N, H] (gate rows first, then up rows) and down [H, N].
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    In the compute dtype, or in FP8 with N a multiple of 128.
+    """
+
+    gate_up: Weight
+    down: Weight
+
+
+class ExpertWeights(Mapping[int, MlpWeights]):
+    """The MLP in each slot; read-only. For the GPU kernels it also knows where each of them is in memory.
+
+    Nothing is copied: sets that share experts, as those of successive placement epochs do, share their memory.
+
+    Args:
+        by_slot: slot -> MLP, all of one shape, kind and device; slots need not be consecutive.
+
+    Attributes:
+        num_slots: one more than the largest slot.
+        tables: the addresses of gate_up and of down; None on a CPU, and where there is no expert.
+
+    Raises:
+        ValueError: the MLPs differ (checked where kernels need it).
+    """
+
+    def __init__(self, by_slot: Mapping[int, MlpWeights]) -> None:
+        self._by_slot = dict(by_slot)
+        self.num_slots = max(self._by_slot, default=-1) + 1
+        self.tables: tuple[WeightTable, WeightTable] | None = None
+        first = next(iter(self._by_slot.values()), None)
+        if first is not None and uses_triton(_elements(first.gate_up), _elements(first.down)):
+            gate_up = WeightTable({slot: mlp.gate_up for slot, mlp in self._by_slot.items()})
+            down = WeightTable({slot: mlp.down for slot, mlp in self._by_slot.items()})
+            self.tables = gate_up, down
+
+    def __getitem__(self, slot: int) -> MlpWeights:
+        return self._by_slot[slot]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_slot)
+
+    def __len__(self) -> int:
+        return len(self._by_slot)
+
+
+def _elements(weight: Weight) -> torch.Tensor:
+    return weight.codes if isinstance(weight, BlockWeight) else weight
 
 
 def swiglu_mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) for x [T, H]; row-invariant."""
-    gate, up = linear(x, weights.gate_up).chunk(2, dim=-1)
-    return linear(silu(gate) * up, weights.down)
+    gate_up = linear(x, weights.gate_up)
+    if isinstance(weights.down, BlockWeight):
+        return block_gemm(silu_mul_quantize(gate_up), weights.down, x.dtype)
+    return linear(silu_mul(gate_up), weights.down)
 
 
 def grouped_mlp(
-    hidden_states: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, weights: Mapping[int, MlpWeights]
+    hidden_states: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, weights: ExpertWeights
 ) -> torch.Tensor:
     """Run each (token, expert) pair through its expert.
 
@@ -36,8 +87,32 @@ def grouped_mlp(
         weights: the MLP in each slot.
 
     Returns:
-        [P, H] in hidden_states' dtype, in the order of the pairs.
+        [P, H] in hidden_states' dtype, in the order of the pairs; each row has the bits of `swiglu_mlp` of it alone.
+
+    Raises:
+        KeyError, IndexError: a slot is empty, a row is out of range. On a GPU nobody looks, since that would wait for the
+            device: an empty slot gives NaN, a slot past the last one rows of undefined contents, and rows must be in range.
     """
+    if not uses_triton(hidden_states, rows, slots):
+        return grouped_mlp_reference(hidden_states, rows, slots, weights)
+    pairs = rows.shape[0]
+    if pairs == 0:
+        return torch.empty_like(hidden_states[:0])
+    if weights.tables is None:
+        raise ValueError(f"{pairs} pairs, but no expert on {hidden_states.device}")
+    gate_up, down = weights.tables
+    tile = token_tile(pairs, weights.num_slots, gate_up.dtype)
+    schedule = schedule_tiles(slots, weights.num_slots, tile)
+    x = quantize_rows(hidden_states) if gate_up.quantized else hidden_states.contiguous()
+    product = grouped_gemm(x, rows, gate_up, schedule, pairs, tile, hidden_states.dtype)
+    middle = silu_mul_quantize(product) if down.quantized else silu_mul(product)
+    return grouped_gemm(middle, None, down, schedule, pairs, tile, hidden_states.dtype)
+
+
+def grouped_mlp_reference(
+    hidden_states: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, weights: Mapping[int, MlpWeights]
+) -> torch.Tensor:
+    """`grouped_mlp` one expert at a time."""
     output = torch.empty(
         (rows.shape[0], hidden_states.shape[1]), dtype=hidden_states.dtype, device=hidden_states.device
     )
@@ -48,14 +123,3 @@ def grouped_mlp(
         output[start : start + count] = swiglu_mlp(gathered[start : start + count], weights[slot])
         start += count
     return output
-
-
-def combine(pair_outputs: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    """Sum expert outputs [T, K, H] with weights [T, K] in fp32 and in top-k order, giving [T, H] in fp32.
-
-    The order is part of the contract: the bits do not depend on where the experts ran or who answered first.
-    """
-    total = pair_outputs[:, 0].float() * topk_weights[:, 0, None]
-    for k in range(1, pair_outputs.shape[1]):
-        total = total + pair_outputs[:, k].float() * topk_weights[:, k, None]
-    return total

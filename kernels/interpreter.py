@@ -17,6 +17,7 @@ of these claims. Start the process with `TRITON_INTERPRET=1`; such a process can
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -225,7 +226,8 @@ def _patch_memory(stock: Any, builder: Any) -> None:
         given = (*arguments, *named.values(), *launch.interpreted_reads)
         tensors = [a for a in given if isinstance(a, torch.Tensor)]
         ranges[:] = [_extent(tensor) for tensor in tensors]
-        with np.errstate(all="ignore"):  # infinities and NaN are part of what is tested
+        with np.errstate(all="ignore"), warnings.catch_warnings():  # infinities and NaN are part of what is tested
+            warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
             return call_stock(self, *arguments, **named)
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
@@ -256,17 +258,24 @@ def _patch_reductions(stock: Any, codec: _Codec) -> None:
 
 
 def _patch_speed(stock: Any) -> None:
-    """Redirect `triton.language` to the interpreter once, not again at every launch and every call of a device function."""
+    """Redirect the names of `triton.language` to the interpreter once for every set of modules that a function sees.
+
+    The stock interpreter does it again at every launch and every call of a device function. A kernel sees
+    `triton.language`; the functions of Triton's own library see `triton.language.core`, whose names are redirected apart.
+    """
     patch_stock = stock._patch_lang
-    scopes: list[Any] = []
+    modules = (stock.tl, stock.tl.core)
+    seen: dict[frozenset[str], Any] = {}
 
     class KeepPatched:
         def restore(self) -> None:
             pass
 
     def patch_once(function: Any) -> Any:
-        if not scopes:
-            scopes.append(patch_stock(function))
+        globals_ = function.__globals__
+        visible = frozenset(module.__name__ for name in ("tl", "core") if (module := globals_.get(name)) in modules)
+        if visible not in seen:
+            seen[visible] = patch_stock(function)
         return KeepPatched()
 
     stock._patch_lang = patch_once

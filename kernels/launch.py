@@ -52,6 +52,10 @@ class Kernel:
         self.__name__, self.__doc__ = function.__name__, function.__doc__
         self.function = function
 
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Only what Triton makes of a device function can be called, and only by a kernel: this is for type checkers."""
+        raise TypeError(f"{self.__name__} is Triton code: start kernels with launch()")
+
     @functools.cached_property
     def jitted(self) -> Any:
         """What `triton.jit` makes of the function: compiled by a launch, interpreted under `TRITON_INTERPRET=1`."""

@@ -1,43 +1,35 @@
 """Linear layers and activations whose every row has the same bits in any batch.
 
-BLAS libraries pick another inner loop for a matrix of one row, or of an odd number of rows, than for a tall one, and the
-sums then differ in the last bit. Placement-invariance (the same answer for any number of expert hosts, any batch, any
-chunking of the prompt) needs rows that do not depend on their company, so the row count is rounded up to a multiple of
-`ROW_TILE`, where the kernels used for fp32 and bf16 agree with each other. `tests/kernels/test_row_invariance.py` holds
-this on the machine it runs on, for every shape class the model uses and for one and two threads.
+Each kernel keeps that promise in its own way: `block_gemm` and `dense_gemm` by a fixed loop over K, the CPU paths by the
+padding of `padding.py`. Multiplications on a GPU never go to a library that chooses its algorithm by the shape.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-ROW_TILE = 8
-"""Found by comparing bits over 1..40, 64, 100, 128, 500, 512 rows and 1-2 threads: multiples of 4 agree for fp32 (bf16
-always does); 8 leaves one factor of two to kernels that work on more rows at once."""
-
-
-def padded_rows(rows: int) -> int:
-    """`rows` rounded up to a multiple of `ROW_TILE`."""
-    return -(-rows // ROW_TILE) * ROW_TILE
+from .block_gemm import block_gemm
+from .dense_gemm import dense_gemm, dense_gemm_by_head
+from .fp8 import BlockWeight, Weight
+from .padding import ROW_TILE as ROW_TILE  # these three for whoever pads rows of its own
+from .padding import pad_rows as pad_rows
+from .padding import padded_rows as padded_rows
+from .quantize import quantize_rows
 
 
-def pad_rows(x: torch.Tensor) -> torch.Tensor:
-    """Append zero rows to x [T, K] up to a multiple of `ROW_TILE`; x itself (made contiguous) when there is nothing to add."""
-    missing = padded_rows(x.shape[0]) - x.shape[0]
-    return functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """x [T, K] times weight [N, K] transposed, giving [T, N] in x's dtype; no row depends on T or on another row.
 
-
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, K] times weight [N, K] transposed, giving [T, N] in x's dtype; no row depends on T or on another row."""
-    return functional.linear(pad_rows(x), weight)[: x.shape[0]]
+    With an FP8 weight, x is quantised too (W8A8), on the CPU as on a GPU.
+    """
+    if isinstance(weight, BlockWeight):
+        return block_gemm(quantize_rows(x), weight, x.dtype)
+    return dense_gemm(x, weight)
 
 
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """One matrix per head: x [T, heads, K] times weight [heads, K, N], giving [T, heads, N]; row-invariant like `linear`."""
-    tokens = x.shape[0]
-    by_head = functional.pad(x, (0, 0, 0, 0, 0, padded_rows(tokens) - tokens)).transpose(0, 1).contiguous()
-    return torch.bmm(by_head, weight).transpose(0, 1)[:tokens].contiguous()
+    return dense_gemm_by_head(x, weight)
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:

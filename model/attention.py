@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..kernels.attention_plan import AttentionPlan
+from ..kernels.fp8 import Weight
+from ..kernels.latent import write_latent
 from ..kernels.linear import head_linear, linear
-from ..kernels.mla import Segment, paged_mla_attention
+from ..kernels.mla import paged_mla_attention
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import apply_rope, inverse_frequencies, rotation_table, yarn_inverse_frequencies, yarn_mscale
 from .config import ModelConfig
@@ -44,7 +46,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
-    """One layer's attention in the compute dtype, all matrices [out, in].
+    """One layer's attention, all matrices [out, in]; FP8 ones may be kept as stored.
 
     Attributes:
         q_a, q_a_norm: down-projection of queries to `q_lora_rank` and its norm; None where queries are not compressed.
@@ -52,13 +54,13 @@ class AttentionWeights:
         kv_a: [latent_dim, H]; kv_a_norm: [kv_lora_rank]; kv_b: [heads * (nope + v), kv_lora_rank]; o: [H, heads * v].
     """
 
-    q_a: torch.Tensor | None
+    q_a: Weight | None
     q_a_norm: torch.Tensor | None
-    q_b: torch.Tensor
-    kv_a: torch.Tensor
+    q_b: Weight
+    kv_a: Weight
     kv_a_norm: torch.Tensor
     kv_b: torch.Tensor
-    o: torch.Tensor
+    o: Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,13 @@ class BatchPositions:
         positions: [T] int64, position of each token in its sequence.
         cache_rows: [T] int64, row of the flattened cache (page * page_size + offset) each token's latent goes to.
         rotation: [T, rope / 2, 2], the rows of `rope_rotation` for these positions.
-        segments: the sequences.
+        plan: which cached rows the tokens attend to.
     """
 
     positions: torch.Tensor
     cache_rows: torch.Tensor
     rotation: torch.Tensor
-    segments: Sequence[Segment]
+    plan: AttentionPlan
 
 
 class MLA:
@@ -91,16 +93,18 @@ class MLA:
         self.value_up = value_up.transpose(1, 2).contiguous()  # [heads, kv_lora, v]: absorbed into the output
 
     def __call__(self, hidden_states: torch.Tensor, batch: BatchPositions, cache: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, H] and this layer's cache [P, page_size, latent_dim] to [T, H]."""
-        cache.view(-1, cache.shape[-1])[batch.cache_rows] = self.latent(hidden_states, batch.rotation)
+        """hidden_states [T, H] and this layer's cache [P, page_size, row] (see `KvFormat`) to [T, H]."""
+        c, w = self.config, self.weights
+        compressed = linear(hidden_states, w.kv_a)
+        write_latent(compressed, w.kv_a_norm, c.rms_norm_eps, batch.rotation, cache, batch.cache_rows)
         attended = paged_mla_attention(
             self.absorbed_query(hidden_states, batch.rotation),
             cache,
-            batch.segments,
-            value_dim=self.config.kv_lora_rank,
+            batch.plan,
+            value_dim=c.kv_lora_rank,
             softmax_scale=self.softmax_scale,
         )
-        return linear(head_linear(attended, self.value_up).flatten(1), self.weights.o)
+        return linear(head_linear(attended, self.value_up).flatten(1), w.o)
 
     def query(self, hidden_states: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The part without position [T, heads, nope] and the rotated part [T, heads, rope]."""
@@ -115,9 +119,3 @@ class MLA:
         """Queries [T, heads, latent_dim] that can be compared with cached rows directly."""
         nope, rope = self.query(hidden_states, rotation)
         return torch.cat((head_linear(nope, self.key_up), rope), dim=-1)
-
-    def latent(self, hidden_states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        """Rows for the cache [T, latent_dim]: the normalised compressed key-value and the shared rotated key."""
-        c, w = self.config, self.weights
-        compressed, rope = linear(hidden_states, w.kv_a).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        return torch.cat((rms_norm(compressed, w.kv_a_norm, c.rms_norm_eps), apply_rope(rope, rotation)), dim=-1)

@@ -8,9 +8,11 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from ..kernels.experts import MlpWeights, combine, grouped_mlp, swiglu_mlp
+from ..kernels.combine import combine
+from ..kernels.experts import ExpertWeights, MlpWeights, grouped_mlp, swiglu_mlp
 from ..kernels.gate import select_experts
 from ..kernels.linear import linear
+from ..kernels.permute import sort_by_slot
 from .config import ModelConfig
 
 Pending = TypeVar("Pending")
@@ -32,16 +34,17 @@ class LocalExperts:
     """`RoutedExperts` over weights in this process, for tests and as the readable form of what dispatch must equal."""
 
     def __init__(self, experts: Mapping[int, Mapping[int, MlpWeights]]) -> None:
-        self.experts = experts
+        self.experts = {layer: ExpertWeights(by_slot) for layer, by_slot in experts.items()}
 
     def start(
         self, layer: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute at once."""
         tokens, top_k = topk_ids.shape
-        slots, order = topk_ids.flatten().sort(stable=True)
-        outputs = torch.empty((tokens * top_k, hidden_states.shape[1]), dtype=hidden_states.dtype)
-        outputs[order] = grouped_mlp(hidden_states, order // top_k, slots, self.experts[layer])
+        experts, slots = self.experts[layer], topk_ids.flatten()
+        order, _ = sort_by_slot(slots, experts.num_slots)
+        outputs = hidden_states.new_empty((tokens * top_k, hidden_states.shape[1]))
+        outputs[order] = grouped_mlp(hidden_states, order // top_k, slots[order], experts)
         return combine(outputs.view(tokens, top_k, -1), topk_weights)
 
     def finish(self, pending: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from ..kernels.experts import MlpWeights
+from ..kernels.fp8 import BlockWeight, Weight, dequantize_blocks
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import apply_rope
 from .attention import MLA, rope_rotation
@@ -47,9 +48,7 @@ def _attend(attention: MLA, x: torch.Tensor, rotation: torch.Tensor) -> torch.Te
     config, weights = attention.config, attention.weights
     heads, tokens = config.num_attention_heads, x.shape[0]
     nope, rope = attention.query(x, rotation)
-    compressed, shared_key = functional.linear(x, weights.kv_a).split(
-        [config.kv_lora_rank, config.qk_rope_head_dim], -1
-    )
+    compressed, shared_key = _linear(x, weights.kv_a).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
     expanded = functional.linear(rms_norm(compressed, weights.kv_a_norm, config.rms_norm_eps), weights.kv_b)
     key, value = expanded.unflatten(-1, (heads, -1)).split([config.qk_nope_head_dim, config.v_head_dim], -1)
     shared_key = apply_rope(shared_key, rotation)[:, None].expand(-1, heads, -1)
@@ -57,9 +56,16 @@ def _attend(attention: MLA, x: torch.Tensor, rotation: torch.Tensor) -> torch.Te
     scores = torch.einsum("qhd,khd->hqk", query, key).float() * attention.softmax_scale
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     attended = torch.einsum("hqk,khd->qhd", scores.masked_fill(future, float("-inf")).softmax(-1).to(x.dtype), value)
-    return functional.linear(attended.flatten(1), weights.o)
+    return _linear(attended.flatten(1), weights.o)
 
 
 def _mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
-    gate, up = functional.linear(x, weights.gate_up).chunk(2, dim=-1)
-    return functional.linear(functional.silu(gate) * up, weights.down)
+    gate, up = _linear(x, weights.gate_up).chunk(2, dim=-1)
+    return _linear(functional.silu(gate) * up, weights.down)
+
+
+def _linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Weights kept in FP8 are decoded; activations stay as they are."""
+    if isinstance(weight, BlockWeight):
+        weight = dequantize_blocks(weight.codes, weight.scale_inv, x.dtype)
+    return functional.linear(x, weight)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.attention_plan import AttentionPlan, Segment
 from ..kernels.experts import swiglu_mlp
+from ..kernels.kv_pages import KvFormat
 from ..kernels.linear import linear
-from ..kernels.mla import Segment
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .attention import MLA, BatchPositions, rope_rotation
+from .compute import Compute
 from .config import ModelConfig
 from .moe import Gate, MoE, Pending, RoutedExperts
 from .weights import BlockWeights, RouterWeights
@@ -47,17 +49,19 @@ class Block:
     def __call__(self, hidden_states: torch.Tensor, batch: BatchPositions, cache: torch.Tensor) -> torch.Tensor:
         """[T, H] to [T, H]."""
         normed = rms_norm(hidden_states, self.attention_norm, self.eps)
-        hidden_states = hidden_states + self.attention(normed, batch, cache)
-        return hidden_states + self.feed_forward(rms_norm(hidden_states, self.feed_forward_norm, self.eps))
+        attended = self.attention(normed, batch, cache)
+        hidden_states, normed = add_rms_norm(hidden_states, attended, self.feed_forward_norm, self.eps)
+        return hidden_states + self.feed_forward(normed)
 
 
 class Transformer:
     """Embedding, blocks, final norm and head, with a latent cache of `pages` pages.
 
     Args:
-        weights: decoded to the compute dtype; the cache has the same dtype.
+        weights: as `compute` wants them.
         routed: where the routed experts are.
         pages, page_size: size of the cache; `max_context` positions are prepared for RoPE.
+        compute: where and in what to compute.
     """
 
     def __init__(
@@ -69,19 +73,21 @@ class Transformer:
         pages: int,
         page_size: int,
         max_context: int,
+        compute: Compute,
     ) -> None:
         self.config = config
         self.page_size = page_size
         self.embedding = weights.embedding
         self.norm = weights.norm
         self.head = weights.head
-        self.rotation = rope_rotation(config, max_context)
+        self.device = compute.device
+        self.rotation = rope_rotation(config, max_context).to(self.device)
         self.blocks = [
             Block(config, block, self._feed_forward(layer, block, routed)) for layer, block in enumerate(weights.blocks)
         ]
-        self.cache = torch.zeros(
-            (config.num_hidden_layers, pages, page_size, config.latent_dim), dtype=weights.embedding.dtype
-        )
+        stored = torch.uint8 if compute.fp8_kv else compute.dtype
+        form = KvFormat(config.kv_lora_rank, config.qk_rope_head_dim, stored)
+        self.cache = form.create(config.num_hidden_layers, pages, page_size, self.device)
 
     def _feed_forward(
         self, layer: int, block: BlockWeights, routed: RoutedExperts[Pending]
@@ -99,10 +105,10 @@ class Transformer:
         Repeating a batch after a failure half-way is safe: it writes the same rows again.
         """
         positions = self._positions(batch)
-        hidden_states = self.embedding[torch.tensor(batch.token_ids)]
+        hidden_states = self.embedding[torch.tensor(batch.token_ids, device=self.device)]
         for layer, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, positions, self.cache[layer])
-        last = hidden_states[torch.tensor(batch.sample_rows, dtype=torch.int64)]
+        last = hidden_states[torch.tensor(batch.sample_rows, dtype=torch.int64, device=self.device)]
         return linear(rms_norm(last, self.norm, self.config.rms_norm_eps), self.head).float()
 
     def _positions(self, batch: ForwardBatch) -> BatchPositions:
@@ -113,5 +119,6 @@ class Transformer:
             for s in batch.segments
             for p in range(s.position, s.position + s.length)
         ]
-        index = torch.tensor(position)
-        return BatchPositions(index, torch.tensor(rows), self.rotation[index], batch.segments)
+        index = torch.tensor([position, rows], dtype=torch.int64).to(self.device)  # in one copy
+        plan = AttentionPlan.build(batch.segments, size, self.device)
+        return BatchPositions(index[0], index[1], self.rotation[index[0]], plan)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moray.kernels.gate import select_experts
+from moray.kernels.gate import count_tokens, select_experts
 
 
 @dataclass(frozen=True)
@@ -114,3 +114,31 @@ def test_weights_add_up_to_the_scale_even_where_scores_vanish() -> None:
     _, weights = select(Rules(8, 2), torch.full((1, 8), -30.0), torch.zeros(8))
     assert weights.sum() == pytest.approx(2.5, rel=1e-4)
     assert torch.isfinite(select(Rules(8, 2), torch.full((1, 8), -1000.0), torch.zeros(8))[1]).all()
+
+
+@pytest.mark.parametrize("rules", [Rules(256, 8, groups=8, kept=4), Rules(64, 6, "softmax", bias=False)], ids=str)
+def test_of_equal_experts_the_lower_number_wins(rules: Rules) -> None:
+    bias = torch.zeros(rules.experts) if rules.bias else None
+    logits = torch.zeros(2, rules.experts)
+    logits[1, ::2] = 1.0
+    ids, _ = select(rules, logits, bias)
+    assert ids[0].tolist() == list(range(rules.top_k))
+    assert ids[1].tolist() == list(range(0, 2 * rules.top_k, 2))
+
+
+def test_a_token_with_nan_gets_experts_that_exist_and_disturbs_nobody() -> None:
+    rules = Rules(16, 4, groups=4, kept=2)
+    logits, bias = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), torch.zeros(16)
+    clean_ids, clean_weights = select(rules, logits, bias)
+    logits[1, 9] = float("nan")
+    ids, weights = select(rules, logits, bias)
+    assert ids[1, 0] == 9
+    assert len(set(ids[1].tolist())) == 4
+    assert weights[1].isnan().all()
+    assert torch.equal(ids[[0, 2]], clean_ids[[0, 2]])
+    assert torch.equal(weights[[0, 2]], clean_weights[[0, 2]])
+
+
+def test_tokens_are_counted_by_expert() -> None:
+    counts = count_tokens(torch.tensor([[3, 0], [3, 1]]), 5)
+    assert (counts.dtype, counts.tolist()) == (torch.int32, [1, 1, 0, 2, 0])

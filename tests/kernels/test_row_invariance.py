@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moray.kernels.experts import MlpWeights, grouped_mlp, swiglu_mlp
+from moray.kernels.attention_plan import QUERY_TILE, AttentionPlan, Segment
+from moray.kernels.experts import ExpertWeights, MlpWeights, grouped_mlp, swiglu_mlp
+from moray.kernels.fp8 import BlockWeight, quantize_blocks
 from moray.kernels.gate import select_experts
 from moray.kernels.linear import ROW_TILE, head_linear, linear, sigmoid, silu
-from moray.kernels.mla import QUERY_TILE, Segment, paged_mla_attention
+from moray.kernels.mla import paged_mla_attention
 from moray.kernels.rms_norm import rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -32,6 +34,19 @@ def test_linear(k: int, n: int, dtype: torch.dtype) -> None:
     x = torch.randn(129, k, generator=generator).to(dtype)
     weight = torch.randn(n, k, generator=generator).to(dtype)
     whole = linear(x, weight)
+    for rows in COUNTS:
+        assert torch.equal(linear(x[:rows], weight), whole[:rows]), f"{rows} rows"
+        assert torch.equal(linear(x[-rows:], weight), whole[-rows:]), f"the last {rows} rows"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k", "n"), [(256, 128), (160, 96), (7, 33), (100, 257), (1024, 512)])
+def test_fp8_linear(k: int, n: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(k * n)
+    x = torch.randn(129, k, generator=generator).to(dtype)
+    weight = BlockWeight(*quantize_blocks(torch.randn(n, k, generator=generator)))
+    whole = linear(x, weight)
+    assert whole.dtype is dtype
     for rows in COUNTS:
         assert torch.equal(linear(x[:rows], weight), whole[:rows]), f"{rows} rows"
         assert torch.equal(linear(x[-rows:], weight), whole[-rows:]), f"the last {rows} rows"
@@ -99,7 +114,7 @@ def test_gate(experts: int, scoring: str) -> None:
 
 
 def test_grouped_mlp_equals_one_pair_at_a_time() -> None:
-    weights = {slot: MlpWeights(torch.randn(64, 40), torch.randn(40, 32)) for slot in (1, 4, 9)}
+    weights = ExpertWeights({slot: MlpWeights(torch.randn(64, 40), torch.randn(40, 32)) for slot in (1, 4, 9)})
     x = torch.randn(20, 40)
     slots = torch.tensor([1] * 3 + [4] * 17 + [9])
     rows = torch.cat((torch.tensor([5, 0, 19]), torch.arange(17), torch.tensor([2])))
@@ -130,7 +145,8 @@ def test_attention_does_not_depend_on_chunks_or_company(
     beside = torch.randn(other, heads, dim).to(dtype)
 
     def attend(q: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
-        return paged_mla_attention(q, pages, segments, value_dim=value, softmax_scale=0.1)
+        plan = AttentionPlan.build(segments, page)
+        return paged_mla_attention(q, pages, plan, value_dim=value, softmax_scale=0.1)
 
     whole = attend(queries, [Segment(0, length, 0, tables[0])])
     assert torch.isfinite(whole).all()
@@ -160,7 +176,8 @@ def test_attention_equals_the_plain_softmax() -> None:
     queries, keys = torch.randn(20, 4, 24), torch.randn(20, 24)
     pages = torch.zeros(2, 16, 24)
     pages.view(-1, 24)[:20] = keys
-    found = paged_mla_attention(queries, pages, [Segment(0, 20, 0, [0, 1])], value_dim=16, softmax_scale=0.3)
+    plan = AttentionPlan.build([Segment(0, 20, 0, [0, 1])], 16)
+    found = paged_mla_attention(queries, pages, plan, value_dim=16, softmax_scale=0.3)
     scores = torch.einsum("qhd,kd->hqk", queries, keys) * 0.3
     scores = scores.masked_fill(torch.ones(20, 20, dtype=torch.bool).triu(1), float("-inf"))
     expected = torch.einsum("hqk,kd->qhd", scores.softmax(-1), keys[:, :16])

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moray.kernels.sampling import RowSampling, _mix, _mix_tensor, filtered_logits, gumbel_noise, sample
+from moray.kernels.exact_math import exp_of_negative, log
+from moray.kernels.sampling import NOT_FINITE, RowSampling, _mix, _mix_tensor, filtered_logits, gumbel_noise, sample
 
 PLAIN = RowSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0)
 
@@ -69,6 +70,23 @@ def test_ties_at_the_border_of_top_k_stay() -> None:
     assert (kept > -math.inf).tolist() == [False, True, True, True, True]
 
 
+@pytest.mark.parametrize(("top_p", "left"), [(0.25, 2), (0.5, 4), (0.75, 6), (0.7500001, 7), (1.0, 8)])
+def test_equals_at_the_border_of_top_p_stay_by_id_as_far_as_needed(top_p: float, left: int) -> None:
+    """Masses are integers: a sum that reaches the border exactly has reached it, however the sum was taken."""
+    kept = filtered_logits(torch.tensor([9.0, -9.0] * 8), replace(PLAIN, top_k=8, top_p=top_p, temperature=0.3))
+    assert (kept > -math.inf).nonzero()[:, 0].tolist() == [2 * i for i in range(left)]
+
+
+def test_a_large_vocabulary_is_cut_where_fp64_cuts_it() -> None:
+    """Fixed-point masses against the same sums in fp64; the border may fall between two tokens only where both agree."""
+    logits = random_logits(1, 129280)[0]
+    for top_p in (0.1, 0.5, 0.9, 0.999):
+        kept = filtered_logits(logits, replace(PLAIN, top_p=top_p)) > -math.inf
+        probabilities = logits.double().softmax(-1)
+        mass, smallest = float(probabilities[kept].sum()), float(probabilities[kept].min())
+        assert mass - smallest - 1e-9 < top_p < mass + 1e-9
+
+
 @pytest.mark.parametrize("top_k", [5, 6, 1 << 30])
 def test_top_k_beyond_the_vocabulary_keeps_all(top_k: int) -> None:
     assert torch.isfinite(filtered_logits(torch.randn(5), replace(PLAIN, top_k=top_k))).all()
@@ -90,6 +108,16 @@ def test_as_good_as_greedy(row: RowSampling) -> None:
     logits = random_logits(20, 50)
     rows = [replace(row, seed=seed, position=seed) for seed in range(20)]
     assert sample(logits, rows) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("row", [replace(PLAIN, temperature=0.0), PLAIN], ids=["greedy", "sampled"])
+def test_rows_without_a_finite_maximum(row: RowSampling, bad: float) -> None:
+    logits = random_logits(4, 9)
+    logits[1, 4], logits[3] = bad, -math.inf
+    chosen = sample(logits, [row] * 4)
+    assert (chosen[1], chosen[3]) == (NOT_FINITE, NOT_FINITE)
+    assert [chosen[0], chosen[2]] == sample(logits[[0, 2]], [row] * 2)
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
@@ -145,6 +173,17 @@ def test_filtered_tokens_are_never_drawn() -> None:
 @given(st.lists(st.integers(0, 0xFFFFFFFF), min_size=1, max_size=20))
 def test_the_hash_on_tensors_is_the_hash_on_integers(values: list[int]) -> None:
     assert _mix_tensor(torch.tensor(values)).tolist() == [_mix(value) for value in values]
+
+
+def test_exp_and_log_are_those_of_the_library_but_for_the_last_bits() -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.rand(20_000, dtype=torch.float64) * 700, 2.0 ** torch.arange(-60, 9, dtype=torch.float64)])
+    ulp = 2.0**-52
+    torch.testing.assert_close(exp_of_negative(-x), (-x).exp(), rtol=2 * ulp, atol=0.0)
+    assert exp_of_negative(torch.tensor([0.0, -701.0, -math.inf], dtype=torch.float64)).tolist() == [1.0, 0.0, 0.0]
+    near_one = 1.0 - torch.rand(20_000, dtype=torch.float64) * 2.0**-20
+    for positive in (x, near_one, torch.rand(20_000, dtype=torch.float64) * 1e-300):
+        torch.testing.assert_close(log(positive), positive.log(), rtol=2 * ulp, atol=0.0)
 
 
 def test_the_noise_is_finite_even_at_the_ends_of_the_hash() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from moray.kernels.experts import MlpWeights
 from moray.kernels.mla import Segment
+from moray.model.compute import Compute
 from moray.model.loading import load_dense, load_experts, open_model
 from moray.model.moe import LocalExperts
 from moray.model.reference import reference_logits
@@ -99,10 +100,10 @@ class Model:
         dense, _ = load_dense(checkpoint, self.config)
         slots = [(layer, e) for layer in self.config.moe_layers for e in range(self.config.n_routed_experts)]
         experts, _ = load_experts(checkpoint, self.config, slots)
-        self.weights: RouterWeights = router_weights(self.config, dense, torch.float32)
+        self.weights: RouterWeights = router_weights(self.config, dense, Compute.on_cpu())
         self.experts: dict[int, dict[int, MlpWeights]] = {}
         for (layer, expert), stored in experts.items():
-            self.experts.setdefault(layer, {})[expert] = mlp_weights(stored, torch.float32)
+            self.experts.setdefault(layer, {})[expert] = mlp_weights(stored, Compute.on_cpu())
         self.oracle = DeepseekV3ForCausalLM.from_pretrained(
             dequantized_copy(source, folder / "float32"),
             dtype=torch.float32,
@@ -112,7 +113,13 @@ class Model:
 
     def transformer(self, pages: int = 64) -> Transformer:
         return Transformer(
-            self.config, self.weights, LocalExperts(self.experts), pages=pages, page_size=PAGE, max_context=CONTEXT
+            self.config,
+            self.weights,
+            LocalExperts(self.experts),
+            pages=pages,
+            page_size=PAGE,
+            max_context=CONTEXT,
+            compute=Compute.on_cpu(),
         )
 
     def prompt(self, seed: int, length: int) -> list[int]:
