@@ -64,9 +64,10 @@ class ControlChannel:
             raise PeerDiedError(self.peer, "closed the connection")
         return True
 
-    def hung_up(self) -> bool:
-        """Whether the connection has ended. Never blocks."""
-        return self._waiter.hung_up()
+    def check(self) -> None:
+        """Raise `PeerDiedError` if the connection has ended. Never blocks."""
+        if self._waiter.hung_up():
+            raise PeerDiedError(self.peer, "closed the connection")
 
     def shut(self) -> None:
         """End the connection and wake a wait on it. Any thread, any number of times."""

@@ -11,7 +11,8 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import ClassVar, Literal, Protocol, cast
 
@@ -50,13 +51,17 @@ class PairGroup(ABC):
         self._group = group
         self._peer_rank = 1 - rank
         self._peer = peer
+        self._abandoned = False
 
     def start_send(self, buffer: torch.Tensor, tag: int) -> dist.Work:
-        """Begin to send all of `buffer`, which stays untouched until `wait` on the result returns."""
+        """Begin to send all of `buffer`, as the work given to the device so far leaves it.
+
+        It stays untouched until `wait` on the result returns.
+        """
         return self._started(lambda: self._group.send([buffer], self._peer_rank, tag))
 
     def start_recv(self, buffer: torch.Tensor, tag: int) -> dist.Work:
-        """Begin to fill all of `buffer`."""
+        """Begin to fill all of `buffer`, after the work given to the device so far, which may read what was in it."""
         return self._started(lambda: self._group.recv([buffer], self._peer_rank, tag))
 
     @abstractmethod
@@ -71,9 +76,15 @@ class PairGroup(ABC):
             PeerTimeoutError: the transfer was not finished before the deadline.
         """
 
-    @abstractmethod
     def abandon(self) -> None:
-        """Drop the group without the peer's help; transfers in progress are lost. Never waits for the peer."""
+        """Drop the group without the peer's help; transfers in progress are lost. Never waits for the peer. Idempotent."""
+        if not self._abandoned:
+            self._abandoned = True
+            self._drop()
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """`abandon`, called once."""
 
     def _started(self, start: Callable[[], dist.Work]) -> dist.Work:
         try:
@@ -109,15 +120,45 @@ class GlooPair(PairGroup):
                 raise PeerTimeoutError(self._peer, "did not finish a transfer before the deadline") from error
             raise PeerDiedError(self._peer, f"connection lost during a transfer ({_brief(error)})") from error
 
-    def abandon(self) -> None:
+    def _drop(self) -> None:
         """See `PairGroup.abandon`. gloo's destructor closes its sockets and ends its threads."""
         del self._group
+
+
+class TransferStream:
+    """The CUDA stream of one direction of a link, ordered by events against the stream its caller computes on.
+
+    Neither direction waits for the other, nor the model's next kernels for a transfer they do not need.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def after_caller(self, buffer: torch.Tensor) -> Iterator[None]:
+        """What is started inside comes after all that the caller's stream has been given, such as writes to `buffer`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # Whoever drops the buffer while the transfer runs, the allocator gives its memory to nobody before the end.
+        buffer.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def finish(self, work: dist.Work) -> None:
+        """Let what the caller's stream is given from now on come after a transfer; raises what the transfer met."""
+        with torch.cuda.stream(self._stream):
+            work.wait()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 class NcclPair(PairGroup):
     """Between GPUs. Setting up blocks in NCCL, which has timeouts of its own, once both ends have begun."""
 
     beside_bytes = 0  # a detour through host memory
+
+    def __init__(self, group: _Backend, rank: int, peer: str, device: torch.device) -> None:
+        super().__init__(group, rank, peer, device)
+        self._stream = TransferStream(device)
 
     @classmethod
     def create(cls, store: Store, rank: int, peer: str, device: torch.device) -> NcclPair:
@@ -126,12 +167,37 @@ class NcclPair(PairGroup):
         # and dead peers are seen by `wait`. There is no other way to tell torch than these, read in the constructor.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
+        # A failed transfer counts as completed; without this its `wait` would say nothing, and the buffer's garbage be
+        # taken for a frame.
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(days=1)
         return cls(cast(_Backend, dist.ProcessGroupNCCL(store, rank, 2, options)), rank, peer, device)
 
+    def start_send(self, buffer: torch.Tensor, tag: int) -> dist.Work:
+        """See `PairGroup.start_send`."""
+        with self._stream.after_caller(buffer):
+            return super().start_send(buffer, tag)
+
+    def start_recv(self, buffer: torch.Tensor, tag: int) -> dist.Work:
+        """See `PairGroup.start_recv`."""
+        with self._stream.after_caller(buffer):
+            return super().start_recv(buffer, tag)
+
     def wait(self, work: dist.Work, *, deadline: Deadline, check: Callable[[], None]) -> None:
         """See `PairGroup.wait`. Blocks the calling thread, as only the host can see that a peer is gone."""
+        try:
+            self._wait_until_completed(work, deadline, check)
+            self._stream.finish(work)
+        except RuntimeError as error:
+            self.abandon()
+            raise PeerDiedError(self._peer, f"connection lost during a transfer ({_brief(error)})") from error
+        except BaseException:
+            # Its kernel waits on the GPU for a peer that does not come, and everything behind it.
+            self.abandon()
+            raise
+
+    def _wait_until_completed(self, work: dist.Work, deadline: Deadline, check: Callable[[], None]) -> None:
         pause = 5e-6
         while not work.is_completed():
             check()
@@ -139,12 +205,8 @@ class NcclPair(PairGroup):
                 raise PeerTimeoutError(self._peer, "did not finish a transfer before the deadline")
             time.sleep(pause)
             pause = min(2 * pause, 2e-4)
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise PeerDiedError(self._peer, f"connection lost during a transfer ({_brief(error)})") from error
 
-    def abandon(self) -> None:
+    def _drop(self) -> None:
         """See `PairGroup.abandon`. `abort`, not `shutdown`, which waits for the peer."""
         self._group.abort()
 

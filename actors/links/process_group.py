@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ...configs.errors import LinkError, PeerDiedError
+from ...configs.errors import LinkError
 from ..deadline import Deadline
 from .acceptor import Acceptor
 from .base import FRAMES_IN_FLIGHT, Frame, Link, LinkAddress, Listener
@@ -22,6 +22,7 @@ from .control import ControlChannel
 from .handshake import authenticate
 from .lifecycle import GuardedLink
 from .pair_groups import GroupKind, PairGroup, create_pair, transfer_device
+from .receive_buffers import ReceiveBuffers, allocate_bytes, size_class
 from .rendezvous import Rendezvous
 from .sockets import dial_tcp, endpoint_of, listen_tcp, make_peer_loss_visible
 from .wire import MessageType, Payload, read_payload, write_payload
@@ -30,31 +31,27 @@ CONTROL_BUFFER_BYTES = 256 * 1024
 """Socket buffers of the control channel (the kernel doubles this, and caps it): frames in flight fit without a wait, so
 that a slow peer does not look like a vanished one, whose full window `make_peer_loss_visible` would end."""
 
-_MIN_BUFFER_BYTES = 64 * 1024
-
 
 class _Staging:
-    """A reusable transfer buffer, and the transfer that uses it."""
+    """A reusable buffer to send from, and the transfer that uses it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffer = self._allocate(_MIN_BUFFER_BYTES)
+        self._buffer = allocate_bytes(size_class(0), device)
         self.work: dist.Work | None = None
 
     def room(self, nbytes: int) -> torch.Tensor:
         """The first `nbytes` of the buffer as uint8 [nbytes], grown if need be; no transfer may be using it."""
         if self._buffer.numel() < nbytes:
-            self._buffer = self._allocate(1 << (nbytes - 1).bit_length())
+            self._buffer = allocate_bytes(size_class(nbytes), self._buffer.device)
         return self._buffer.narrow(0, 0, nbytes)
-
-    def _allocate(self, nbytes: int) -> torch.Tensor:
-        # Not an inference tensor, whatever the caller's mode: it outlives the call and is written in other modes.
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
 
 class ProcessGroupLink(GuardedLink):
-    """One end of a gloo or NCCL link. Received tensors are on `device`."""
+    """One end of a gloo or NCCL link. Received tensors are on `device`.
+
+    They stay as they are for as long as the caller holds them or views of them, beyond the next `recv` too, which is more
+    than `Frame` promises; see `receive_buffers.py`.
+    """
 
     def __init__(self, kind: GroupKind, control: ControlChannel, outgoing: PairGroup, incoming: PairGroup) -> None:
         super().__init__(kind, control.peer)
@@ -63,7 +60,7 @@ class ProcessGroupLink(GuardedLink):
         self._outgoing = outgoing
         self._incoming = incoming
         self._outbox = [_Staging(self.device) for _ in range(FRAMES_IN_FLIGHT)]
-        self._inbox = _Staging(self.device)
+        self._inbox = ReceiveBuffers(self.device)
         self._sent = 0
         self._received = 0
 
@@ -77,7 +74,7 @@ class ProcessGroupLink(GuardedLink):
         if 0 < payload.nbytes <= self._outgoing.beside_bytes:
             write_payload(buffer, payload, tensors)
             content = buffer.numpy().data
-        # The header goes first: the peer posts a receive of the exact size while the payload is being staged.
+        # The header goes first: the peer posts a receive of the exact size while the payload is being staged and moves.
         self._control.send(MessageType.FRAME, self._sent, header, payload, content=content, deadline=deadline)
         if payload.nbytes and content is None:
             write_payload(buffer, payload, tensors)
@@ -90,7 +87,7 @@ class ProcessGroupLink(GuardedLink):
             raise LinkError(
                 self.peer, f"sent {message.type.name} {message.sequence} where FRAME {self._received} belongs"
             )
-        buffer = self._inbox.room(message.payload.nbytes)
+        buffer = self._inbox.take(message.payload.nbytes)
         if 0 < message.payload.nbytes <= self._incoming.beside_bytes:
             self._control.receive_content(buffer.numpy().data, deadline)
         elif message.payload.nbytes:
@@ -103,14 +100,20 @@ class ProcessGroupLink(GuardedLink):
         return self._control.wait(deadline)
 
     def _check(self) -> None:
-        if self._control.hung_up():
-            raise PeerDiedError(self.peer, "closed the connection")
+        self._control.check()
 
     def _shut(self) -> None:
         self._control.shut()
 
+    def _break(self, error: LinkError) -> None:
+        super()._break(error)
+        self._abandon()  # now, not at `close`: a transfer that nobody completes would hold the GPU until then
+
     def _release(self) -> None:
         self._control.close()
+        self._abandon()
+
+    def _abandon(self) -> None:
         for staging in self._outbox:
             staging.work = None
         self._outgoing.abandon()
@@ -187,7 +190,7 @@ def _establish(
         for group in groups:
             probe = torch.zeros(1, dtype=torch.uint8, device=device)
             work = group.start_send(probe, 0) if group is outgoing else group.start_recv(probe, 0)
-            group.wait(work, deadline=deadline, check=lambda: None)
+            group.wait(work, deadline=deadline, check=control.check)
         rendezvous.finish()
     except BaseException as error:
         for group in groups:
