@@ -23,8 +23,13 @@ class EngineClient(ABC):
         Raises (from the first step of the iteration):
             QueueFullError: too many requests are waiting.
             ContextTooLongError: prompt and max_tokens do not fit.
-            ExpertsUnavailableError: the cluster cannot answer now.
+            ExpertsUnavailableError, RouterLostError: the cluster cannot answer now.
         """
+
+    @property
+    def resubmitted(self) -> int:
+        """How often a request went on at another router because its own was lost; only ever grows."""
+        return 0
 
     @abstractmethod
     async def status(self) -> ClusterStatus:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from ..configs.errors import ExpertsUnavailableError, LinkError
-from ..kernels.experts import combine
+from ..kernels.combine import combine
 from .deadline import Deadline
 from .links.base import Link
 from .moe_frames import Kind, MoeHeader
 from .placement_table import PlacementTable
+from .replica_choice import choose_replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,9 @@ class PendingExperts:
 class ExpertDispatch:
     """Sends each layer's tokens to the hosts that hold their experts and sums what comes back.
 
-    One request and one reply for each host with work; exact sizes. Replicas share tokens by row number, which balances them
-    without talking to anyone and changes no bit of the result. Used by the router's thread alone, but for `set_link`.
+    One request and one reply for each host with work; exact sizes. Replicas share an expert's tokens so that the hosts'
+    shares of the step come out even; which of them computes a token changes no bit of the result. Used by the router's thread
+    alone, but for `set_link`.
 
     Args:
         table: the placement to start with.
@@ -86,12 +88,32 @@ class ExpertDispatch:
         self.unreachable = unreachable
 
     def set_link(self, host: str, link: Link) -> None:
-        """Use `link` for `host` from now on; the old one, if any, is closed. Call between steps only."""
+        """Use `link` for `host` from now on; the old one, if any, is closed. Call between steps only.
+
+        A link to a host that has left the table meanwhile is closed at once.
+        """
+        if host not in self.table.slots:
+            link.close()
+            return
         old = self._links.pop(host, None)
         if old is not None:
             old.close()
         self._links[host] = link
         self.broken.pop(host, None)
+        self._build_routes()
+
+    def adopt(self, table: PlacementTable, links: Mapping[str, Link]) -> None:
+        """Use `table` from now on, and `links` to the hosts that are new in it; hosts that left it are dropped.
+
+        Call between steps only: a layer's work and its replies belong to one epoch.
+        """
+        assert table.epoch > self.table.epoch, (table.epoch, self.table.epoch)
+        self.table = table
+        for host in [host for host in self._links if host not in table.slots]:
+            self._links.pop(host).close()
+        self.broken = {host: why for host, why in self.broken.items() if host in table.slots}
+        for host, link in links.items():
+            self.set_link(host, link)
         self._build_routes()
 
     @property
@@ -117,6 +139,8 @@ class ExpertDispatch:
     ) -> PendingExperts:
         """Send hidden_states [T, H] to the hosts of topk_ids [T, K]; returns at once with the claim on the results.
 
+        Where they are on a GPU, waits for topk_ids: message sizes are exact, so the host must know them.
+
         A host that is lost while sending shows in `finish`, which every claim must be given to.
 
         Raises:
@@ -125,10 +149,11 @@ class ExpertDispatch:
         if self.unreachable:
             raise self._unavailable()
         host_index, slot_index, count = self._routes[layer]
-        tokens, top_k = topk_ids.shape
-        replica = torch.arange(tokens).unsqueeze(1) % count[topk_ids]
-        hosts = host_index[replica, topk_ids].flatten()
-        slots = slot_index[replica, topk_ids].flatten()
+        top_k = topk_ids.shape[1]
+        experts, device = topk_ids.cpu(), hidden_states.device
+        replica = choose_replicas(experts, host_index, count)
+        hosts = host_index[replica, experts].flatten()
+        slots = slot_index[replica, experts].flatten()
         # One stable sort groups the pairs by host and, within a host, by slot with tokens ascending.
         order = torch.argsort(hosts * (int(slots.max()) + 1) + slots, stable=True)
         present, counts = torch.unique_consecutive(hosts[order], return_counts=True)
@@ -139,7 +164,7 @@ class ExpertDispatch:
             rows, inverse = torch.unique(pairs // top_k, return_inverse=True)
             self._sequence += 1
             header = MoeHeader(Kind.WORK, layer, self.table.epoch, self._sequence).pack()
-            frame = (hidden_states[rows], torch.stack((inverse, slots[pairs])).to(torch.int32))
+            frame = (hidden_states[rows.to(device)], torch.stack((inverse, slots[pairs])).to(torch.int32))
             try:
                 self._links[host].send(header, frame, deadline=Deadline.after(self._reply_timeout_s))
             except LinkError as error:
@@ -156,7 +181,8 @@ class ExpertDispatch:
         """
         started = time.perf_counter()
         tokens, top_k = pending.topk_weights.shape
-        outputs = torch.empty((tokens * top_k, pending.hidden_size), dtype=pending.dtype)
+        device = pending.topk_weights.device
+        outputs = torch.empty((tokens * top_k, pending.hidden_size), dtype=pending.dtype, device=device)
         deadline = Deadline.after(self._reply_timeout_s)
         lost, refused = pending.lost, ""
         # Also after a failure every reply is taken: a link holds few, and unread ones would block its host.
@@ -166,7 +192,7 @@ class ExpertDispatch:
                 if header.kind is Kind.FAILED:
                     refused = self.broken[share.host] = f"{share.host} refused its work: {header.reason}"
                 else:
-                    outputs[share.pairs] = _checked_outputs(share, tensors, outputs)
+                    outputs[share.pairs.to(device)] = _checked_outputs(share, tensors, outputs).to(device)
                     self.broken.pop(share.host, None)
             except LinkError as error:
                 lost = self._drop(share.host, error)

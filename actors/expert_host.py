@@ -6,13 +6,15 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..configs.errors import LinkError
-from ..kernels.experts import MlpWeights, grouped_mlp
+from ..kernels.experts import ExpertWeights, MlpWeights, grouped_mlp
 from ..model.checkpoint import Checkpoint
+from ..model.compute import Compute
 from ..model.config import ModelConfig
 from ..model.loading import load_experts
 from ..model.progress import Progress
@@ -21,6 +23,7 @@ from ..model.weights import mlp_weights
 from .deadline import Deadline
 from .links import Frame, InlineLink, Link, LinkAddress, LinkKind, Listener, listen
 from .moe_frames import Kind, MoeHeader
+from .placement_table import EMPTY
 
 logger = logging.getLogger("moray.expert_host")
 
@@ -29,19 +32,40 @@ _REPLY_TIMEOUT_S = 10.0
 """A router that does not take a reply for this long is treated as gone: its own step waits for it with nothing else to do."""
 
 
+def _check_pairs(pairs: torch.Tensor, tokens: int) -> None:
+    """Refuse pairs [2, P] (rows, slots) that a kernel would follow out of its tensors.
+
+    Raises:
+        ValueError: a row is no token of the frame, or the slots do not ascend.
+    """
+    rows, slots = pairs.unbind()
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < tokens:
+        raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} of {tokens} tokens")
+    if slots.numel() and (int(slots[0]) < 0 or bool((slots.diff() < 0).any())):
+        raise ValueError("slots do not ascend from 0 on")
+
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """What one placement epoch has here: MLPs by (layer, logical expert), and the same by layer and slot."""
+
+    experts: dict[tuple[int, int], MlpWeights]
+    layers: dict[int, ExpertWeights]
+
+
 class ExpertHost:
     """Serves the experts in its slots over links; several routers at once, one thread each, one computation at a time.
 
     Args:
         host_id: unique in the cluster, e.g. `expert-host-0`.
-        dtype: compute dtype; FP8 and BF16 weights are decoded to it when they are loaded.
+        compute: where and in what the experts compute.
     """
 
-    def __init__(self, host_id: str, *, dtype: torch.dtype) -> None:
+    def __init__(self, host_id: str, *, compute: Compute) -> None:
         self.host_id = host_id
-        self._dtype = dtype
-        self._slots: dict[int, dict[int, dict[int, MlpWeights]]] = {}  # by epoch, layer and slot; the last two epochs
-        self._compute = threading.Lock()
+        self.compute = compute
+        self._epochs: dict[int, _Epoch] = {}  # what is served; replaced as a whole, never changed in place
+        self._one_at_a_time = threading.Lock()
         self._stopping = threading.Event()
         self._listeners: list[Listener] = []
         self._links: set[Link] = set()
@@ -51,25 +75,38 @@ class ExpertHost:
     def load(
         self, checkpoint: Path, slots: Sequence[Sequence[int]], *, epoch: int, progress: Progress | None = None
     ) -> BytesRead:
-        """Read exactly the experts in `slots` (for each layer with routed experts, the expert in each slot).
+        """Hold the experts in `slots` (for each layer with routed experts, the expert in each slot, or `EMPTY`) as of `epoch`.
 
-        The slots of the epoch before are served on: routers change over one by one.
+        Reads exactly those that no epoch served here has; the others stay where they are in memory. Earlier epochs are
+        served on until `retire`: routers change over one by one, and none waits for this.
+
+        Returns:
+            What was read now.
 
         Raises:
-            CheckpointError: a tensor is missing, damaged or holds NaN.
+            CheckpointError: a tensor is missing, damaged or holds NaN; nothing has changed then.
         """
         config = ModelConfig.load(checkpoint)
         layers = config.moe_layers
         assert len(slots) == len(layers), (len(slots), len(layers))
-        wanted = [(layer, expert) for layer, held in zip(layers, slots, strict=True) for expert in held]
-        experts, bytes_read = load_experts(Checkpoint.open(checkpoint), config, wanted, progress=progress)
-        decoded = {key: mlp_weights(weights, self._dtype) for key, weights in experts.items()}
+        wanted = [
+            (layer, expert) for layer, held in zip(layers, slots, strict=True) for expert in held if expert != EMPTY
+        ]
+        held = {key: weights for served in self._epochs.values() for key, weights in served.experts.items()}
+        missing = [key for key in wanted if key not in held]
+        stored, bytes_read = load_experts(Checkpoint.open(checkpoint), config, missing, progress=progress)
+        held |= {key: mlp_weights(weights, self.compute) for key, weights in stored.items()}
+        experts = {key: held[key] for key in wanted}
         placed = {
-            layer: {slot: decoded[layer, expert] for slot, expert in enumerate(held)}
-            for layer, held in zip(layers, slots, strict=True)
+            layer: ExpertWeights({s: experts[layer, expert] for s, expert in enumerate(of_layer) if expert != EMPTY})
+            for layer, of_layer in zip(layers, slots, strict=True)
         }
-        self._slots = {**dict(list(self._slots.items())[-1:]), epoch: placed}
+        self._epochs = {**self._epochs, epoch: _Epoch(experts, placed)}
         return bytes_read
+
+    def retire(self, epoch: int) -> None:
+        """Stop serving every epoch but `epoch`, and free what only the others held: no router uses them any more."""
+        self._epochs = {served: held for served, held in self._epochs.items() if served == epoch}
 
     def listen(self, kind: LinkKind, *, bind_host: str, secret: bytes) -> LinkAddress:
         """Accept routers on a new listener and return its address."""
@@ -116,15 +153,19 @@ class ExpertHost:
     def _run(self, header: MoeHeader, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if header.kind is not Kind.WORK or len(tensors) != 2:
             raise ValueError(f"expected WORK with 2 tensors, got {header.kind.name} with {len(tensors)}")
-        placed = self._slots.get(header.epoch)
-        if placed is None:
-            raise ValueError(f"placement epoch {header.epoch} is not served here; {list(self._slots)} are")
+        epochs = self._epochs
+        if header.epoch not in epochs:
+            raise ValueError(f"placement epoch {header.epoch} is not served here; {list(epochs)} are")
         hidden_states, pairs = tensors
         if hidden_states.dim() != 2 or pairs.dim() != 2 or pairs.shape[0] != 2 or pairs.dtype != torch.int32:
             shapes = f"{list(hidden_states.shape)} and {list(pairs.shape)} {pairs.dtype}"
             raise ValueError(f"expected [T, H] and [2, P] torch.int32, got {shapes}")
-        with self._compute, torch.inference_mode():
-            return grouped_mlp(hidden_states, pairs[0], pairs[1], placed[header.layer])
+        device = self.compute.device
+        if device.type == "cuda" and not pairs.is_cuda:
+            _check_pairs(pairs, hidden_states.shape[0])  # on the GPU nobody will
+        with self._one_at_a_time, torch.inference_mode():
+            rows, slots = pairs.to(device).unbind()
+            return grouped_mlp(hidden_states.to(device), rows, slots, epochs[header.epoch].layers[header.layer])
 
     def stop(self) -> None:
         """Stop listening, drop every link and wait for the threads. Idempotent."""

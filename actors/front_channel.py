@@ -1,7 +1,10 @@
 """Messages between a front and a router over a socket: msgpack, length first. Nothing from the network is unpickled.
 
-front -> router   generate id prompt sampling | cancel id | stats n
-router -> front   outputs [...]  once a step  | refused id kind message ... | stats n {...}
+front -> router   generate id prompt generated sampling | cancel id | stats n
+router -> front   accepted id | refused id kind message ... | outputs [...]  once a step | stats n {...} | ending reason
+
+`accepted` may come after the first outputs of its request: two threads of the router send them. `ending` says that the
+router fails or stops as a whole; it is the last that it says of any request.
 """
 
 from __future__ import annotations
@@ -13,7 +16,14 @@ from typing import Any, Final
 
 import msgpack
 
-from ..configs.errors import ContextTooLongError, ExpertsUnavailableError, MorayError, QueueFullError, RequestError
+from ..configs.errors import (
+    ContextTooLongError,
+    ExpertsUnavailableError,
+    MorayError,
+    QueueFullError,
+    RequestError,
+    RouterLostError,
+)
 from ..model.sampling import SamplingParams
 from .messages import GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
 
@@ -49,6 +59,7 @@ def generate_message(request: GenerateRequest) -> list[Any]:
         "generate",
         request.request_id,
         array("i", request.prompt_token_ids).tobytes(),
+        array("i", request.generated_token_ids).tobytes(),
         asdict(request.sampling),
     ]
 
@@ -59,11 +70,12 @@ def request_from(message: list[Any]) -> GenerateRequest:
     Raises:
         ValueError, TypeError: the message does not hold a request.
     """
-    _, request_id, prompt, sampling = message
-    if not isinstance(request_id, str) or not isinstance(prompt, bytes):
-        raise TypeError(f"a request needs a text id and packed tokens, got {type(request_id)} and {type(prompt)}")
+    _, request_id, prompt, generated, sampling = message
+    if not isinstance(request_id, str) or not isinstance(prompt, bytes) or not isinstance(generated, bytes):
+        found = ", ".join(type(part).__name__ for part in (request_id, prompt, generated))
+        raise TypeError(f"a request needs a text id and twice packed tokens, got {found}")
     params = SamplingParams(**{**sampling, "stop_token_ids": tuple(sampling["stop_token_ids"])})
-    return GenerateRequest(request_id, array("i", prompt).tolist(), params)
+    return GenerateRequest(request_id, array("i", prompt).tolist(), params, array("i", generated).tolist())
 
 
 def outputs_message(outputs: list[TokenOutput]) -> list[Any]:
@@ -104,6 +116,8 @@ def refusal_from(message: list[Any]) -> MorayError:
         return ContextTooLongError(text, param=param)
     if kind == RequestError.__name__:
         return RequestError(text, param=param, code=code)
+    if kind == RouterLostError.__name__:
+        return RouterLostError(text)
     return ExpertsUnavailableError(text)
 
 

@@ -21,11 +21,15 @@ class GenerateRequest:
         request_id: unique among the requests in flight.
         prompt_token_ids: the whole prompt, special tokens included; at least one.
         sampling: how tokens are chosen and when generation ends.
+        generated_token_ids: the answer so far, which another router gave: it is gone on with, not given again. These
+            tokens count in `sampling.max_tokens` and in the positions that determine the noise, so that whoever takes
+            over gives the very tokens that the first router would have given.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    generated_token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

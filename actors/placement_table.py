@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+EMPTY = -1
+"""In place of an expert: the slot holds nothing. Only planned tables have such slots."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlacementTable:
@@ -15,7 +18,8 @@ class PlacementTable:
         epoch: grows by one with every table.
         first_layer: index of the first layer with routed experts.
         experts: routed experts a layer.
-        slots: host id -> for each layer from `first_layer` on, the logical expert in each of its slots.
+        slots: host id -> for each layer from `first_layer` on, the logical expert in each of its slots, or
+            `EMPTY`.
     """
 
     epoch: int

@@ -6,14 +6,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from ..configs.errors import ContextTooLongError, ExpertsUnavailableError, QueueFullError, RequestError
+from ..configs.errors import (
+    ContextTooLongError,
+    ExpertsUnavailableError,
+    QueueFullError,
+    RequestError,
+    RouterLostError,
+)
 from ..kernels.mla import Segment
-from ..kernels.sampling import RowSampling, sample
+from ..kernels.sampling import NOT_FINITE, RowSampling, sample
+from ..model.compute import Compute
 from ..model.config import ModelConfig
 from ..model.pages import PagePool
 from ..model.transformer import ForwardBatch, Transformer
@@ -21,6 +28,7 @@ from ..model.weights import RouterWeights
 from .expert_dispatch import ExpertDispatch
 from .links.base import Link
 from .messages import FinishReason, GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
+from .placement_table import PlacementTable
 from .scheduler import Chunk, Scheduler, Sequence
 
 logger = logging.getLogger("moray.router")
@@ -69,6 +77,8 @@ class Router:
         weights: RouterWeights,
         dispatch: ExpertDispatch,
         settings: RouterSettings,
+        *,
+        compute: Compute,
     ) -> None:
         self.router_id = router_id
         self.config = config
@@ -83,11 +93,13 @@ class Router:
             pages=settings.pages,
             page_size=settings.page_size,
             max_context=settings.max_context,
+            compute=compute,
         )
         self._sequences: dict[str, tuple[Sequence, Sink]] = {}
-        self._wake = threading.Condition()  # guards the next five
+        self._wake = threading.Condition()  # guards the next six
         self._inbox: deque[tuple[GenerateRequest, Sink] | str] = deque()
         self._new_links: deque[tuple[str, Link]] = deque()
+        self._new_tables: deque[tuple[PlacementTable, dict[str, Link], threading.Event]] = deque()
         self._in_flight: set[str] = set()
         self._stopping = False
         self._closed: str | None = None
@@ -103,12 +115,12 @@ class Router:
 
         Raises:
             QueueFullError, ContextTooLongError, RequestError: it cannot be taken; nothing will reach the sink.
-            ExpertsUnavailableError: the router has stopped.
+            RouterLostError: the router has stopped.
         """
         self._validate(request)
         with self._wake:
             if self._closed is not None:
-                raise ExpertsUnavailableError(self._closed)
+                raise RouterLostError(self._closed)
             if request.request_id in self._in_flight:
                 raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
             waiting = self._queued()
@@ -132,6 +144,19 @@ class Router:
         with self._wake:
             self._new_links.append((host, link))
             self._wake.notify()
+
+    def adopt(self, table: PlacementTable, links: Mapping[str, Link]) -> threading.Event:
+        """Use another placement from the next step on, with `links` to its new hosts; the event is set once it is in use."""
+        adopted = threading.Event()
+        with self._wake:
+            self._new_tables.append((table, dict(links), adopted))
+            self._wake.notify()
+        return adopted
+
+    @property
+    def closed(self) -> str | None:
+        """Why the router has ended; None while it runs. Set before the requests that are left hear of it."""
+        return self._closed
 
     @property
     def busy(self) -> bool:
@@ -214,7 +239,7 @@ class Router:
                 if not self.step():
                     self.dispatch.check()
                     with self._wake:
-                        if not self._inbox and not self._new_links and not self._stopping:
+                        if not (self._inbox or self._new_links or self._new_tables or self._stopping):
                             self._wake.wait(_IDLE_CHECK_S)
         except Exception as error:
             # Whatever broke, the requests must hear of it; the process is of no use any more.
@@ -227,12 +252,16 @@ class Router:
 
     def _take_in(self) -> None:
         with self._wake:
-            items, links = list(self._inbox), list(self._new_links)
+            items, links, tables = list(self._inbox), list(self._new_links), list(self._new_tables)
             self._inbox.clear()
             self._new_links.clear()
+            self._new_tables.clear()
             self._waiting_hint += sum(not isinstance(item, str) for item in items)
         for host, link in links:
             self.dispatch.set_link(host, link)
+        for table, new_links, adopted in tables:
+            self.dispatch.adopt(table, new_links)
+            adopted.set()
         for item in items:
             if isinstance(item, str):
                 self._finish(item, "cancelled")
@@ -251,12 +280,16 @@ class Router:
             request = sequence.request
             prompt_left = len(request.prompt_token_ids) - chunk.start
             self._counts["prompt"] += max(0, min(chunk.length, prompt_left))
-            token = next(tokens) if chunk.samples else None
+            token, describe = (next(tokens), next(logprobs)) if chunk.samples else (None, None)
+            if token == NOT_FINITE:
+                self._finish(
+                    request.request_id, "error", "the model's logits for this request hold a NaN or an infinity"
+                )
+                continue
             self.scheduler.advance(chunk, token)
             if token is None:
                 continue
             self._counts["generated"] += 1
-            describe = next(logprobs)
             reason = _finish_reason(sequence, token, self.settings.max_context)
             _, sink = self._sequences[request.request_id]
             outputs.setdefault(sink, []).append(
@@ -320,10 +353,18 @@ class Router:
         if not prompt:
             raise RequestError("the prompt has no tokens", param="prompt")
         size = self.config.vocab_size
-        bad = next((t for t in request.prompt_token_ids if not isinstance(t, int) or not 0 <= t < size), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad!r} is not one of the vocabulary of {size}", param="prompt")
+        generated = request.generated_token_ids
+        for param, tokens in (("prompt", request.prompt_token_ids), ("generated_token_ids", generated)):
+            bad = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < size), None)
+            if bad is not None:
+                raise RequestError(f"token id {bad!r} is not one of the vocabulary of {size}", param=param)
         request.sampling.check()
+        if len(generated) >= wanted or not set(request.sampling.stop_token_ids).isdisjoint(generated):
+            raise RequestError(
+                f"the {len(generated)} tokens of the answer so far reach max_tokens = {wanted} or hold a stop token: "
+                "there is nothing to go on with",
+                param="generated_token_ids",
+            )
         if prompt + wanted > self.settings.max_context:
             raise ContextTooLongError(
                 f"{prompt} prompt tokens and max_tokens = {wanted} need {prompt + wanted}, "

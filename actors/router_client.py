@@ -1,4 +1,10 @@
-"""The front's side of the front channel: one connection to each router, and the engine as the front sees it."""
+"""The engine as a front of a cluster sees it: requests go to routers, and outlive them.
+
+A request whose router is lost goes on at another one: what it has answered so far is handed over with the prompt, and since
+a token is a function of the tokens before it, the seed and its position alone, the answer comes out as if nothing had
+happened. Nothing is lost, for what the front has not received is computed again; nothing comes twice, for each attempt has
+an id of its own and what is still said of an earlier one finds nobody.
+"""
 
 from __future__ import annotations
 
@@ -6,167 +12,29 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import socket
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
-from ..configs.errors import ClusterError, ExpertsUnavailableError, MorayError, PeerDiedError
-from . import front_channel
+from ..configs.errors import MorayError, QueueFullError, RouterLostError
 from .deadline import Deadline
 from .engine_client import EngineClient
-from .links.handshake import authenticate_async
 from .messages import ClusterStatus, GenerateRequest, Health, RouterStats, TokenOutput
+from .router_connection import RouterConnection, RouterStream
 
 logger = logging.getLogger("moray.front")
 
 _CONNECT_TIMEOUT_S = 10.0
-_STATS_TIMEOUT_S = 2.0
 _RECONNECT_PAUSE_S = 0.5
 
+_MAX_DEATHS = 5
+"""A request under which more routers die than this is given up: it may be what kills them."""
 
-class RouterConnection:
-    """A connection to one router; make one with `open`. All methods run on one event loop."""
+_FULL_PAUSES_S = (0.05, 1.0)
+"""First and longest pause between looks for room where every queue is full; each is twice the one before."""
 
-    def __init__(self, router_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.router_id = router_id
-        self._reader = reader
-        self._writer = writer
-        self._outputs: dict[str, asyncio.Queue[TokenOutput | MorayError]] = {}
-        self._stats: dict[int, asyncio.Future[RouterStats]] = {}
-        self._numbers = itertools.count()
-        self.lost: str | None = None
-        self._task = asyncio.create_task(self._read())
-
-    @classmethod
-    async def open(cls, router_id: str, address: str, *, secret: bytes, identity: str) -> RouterConnection:
-        """Connect and authenticate.
-
-        Raises:
-            LinkError: the router is not there, or not ours.
-        """
-        host, _, port = address.rpartition(":")
-        deadline = Deadline.after(_CONNECT_TIMEOUT_S)
-        try:
-            sock = await asyncio.to_thread(socket.create_connection, (host, int(port)), _CONNECT_TIMEOUT_S)
-        except OSError as error:
-            raise PeerDiedError(router_id, f"cannot connect to {address} ({error})") from error
-        try:
-            await authenticate_async(
-                sock,
-                secret=secret,
-                identity=identity,
-                channel=front_channel.CHANNEL,
-                initiator=True,
-                deadline=deadline,
-                remote=router_id,
-            )
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            reader, writer = await asyncio.open_connection(sock=sock)
-        except BaseException:
-            sock.close()
-            raise
-        return cls(router_id, reader, writer)
-
-    @property
-    def outstanding(self) -> int:
-        """Requests that have not ended."""
-        return len(self._outputs)
-
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput]:
-        """See `EngineClient.generate`."""
-        if self.lost is not None:
-            raise ExpertsUnavailableError(f"{self.router_id} is lost: {self.lost}")
-        inbox: asyncio.Queue[TokenOutput | MorayError] = asyncio.Queue()
-        self._outputs[request.request_id] = inbox
-        ended = False
-        try:
-            try:
-                await self._send(front_channel.generate_message(request))
-            except OSError as error:
-                raise ExpertsUnavailableError(f"{self.router_id} is lost: {error}") from error
-            while not ended:
-                output = await inbox.get()
-                if isinstance(output, MorayError):
-                    ended = True
-                    raise output
-                ended = output.finish_reason is not None
-                yield output
-        finally:
-            del self._outputs[request.request_id]
-            if not ended and self.lost is None:
-                with contextlib.suppress(OSError):  # a router that is gone holds no pages
-                    await self._send(["cancel", request.request_id])
-
-    async def stats(self) -> RouterStats:
-        """The router's counters now.
-
-        Raises:
-            ClusterError: the router is lost or silent.
-        """
-        if self.lost is not None:
-            raise ClusterError(f"{self.router_id} is lost: {self.lost}")
-        number = next(self._numbers)
-        answer = self._stats[number] = asyncio.get_running_loop().create_future()
-        try:
-            await self._send(["stats", number])
-            return await asyncio.wait_for(answer, _STATS_TIMEOUT_S)
-        except (TimeoutError, OSError) as error:
-            raise ClusterError(f"{self.router_id} does not answer within {_STATS_TIMEOUT_S} s: {error!r}") from error
-        finally:
-            self._stats.pop(number, None)
-
-    async def aclose(self) -> None:
-        """Close the connection; the router cancels what is left."""
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
-
-    async def _send(self, message: list[Any]) -> None:
-        self._writer.write(front_channel.encode(message))
-        await self._writer.drain()
-
-    async def _read(self) -> None:
-        reason = "closed"
-        try:
-            while True:
-                (length,) = front_channel.LENGTH.unpack(await self._reader.readexactly(front_channel.LENGTH.size))
-                if length > front_channel.MAX_MESSAGE_BYTES:
-                    raise ValueError(f"a message of {length} bytes exceeds {front_channel.MAX_MESSAGE_BYTES}")
-                self._take(front_channel.decode(await self._reader.readexactly(length)))
-        except (OSError, EOFError) as error:
-            reason = f"connection lost ({error})"
-        except (ValueError, TypeError, LookupError) as error:
-            reason = f"bad message ({error!r})"
-        finally:
-            self.lost = reason
-            logger.warning("%s: %s", self.router_id, reason)
-            for inbox in self._outputs.values():
-                inbox.put_nowait(ExpertsUnavailableError(f"{self.router_id} was lost while it answered: {reason}"))
-            for answer in self._stats.values():
-                if not answer.done():
-                    answer.set_exception(ClusterError(f"{self.router_id} was lost: {reason}"))
-
-    def _take(self, message: list[Any]) -> None:
-        if message[0] == "outputs":
-            for output in front_channel.outputs_from(message):
-                inbox = self._outputs.get(output.request_id)
-                if inbox is not None:  # else cancelled here while the output was on its way
-                    inbox.put_nowait(output)
-        elif message[0] == "refused":
-            inbox = self._outputs.get(message[1])
-            if inbox is not None:
-                inbox.put_nowait(front_channel.refusal_from(message))
-        elif message[0] == "stats":
-            answer = self._stats.get(message[1])
-            if answer is not None and not answer.done():
-                answer.set_result(RouterStats(**message[2]))
-        else:
-            raise ValueError(f"unknown message {message[0]!r}")
+_FULL_TIMEOUT_S = 600.0
+"""How long a request of a lost router looks for room: as long as the HTTP side waits for a token (`FrontSettings`)."""
 
 
 class ClusterClient(EngineClient):
@@ -177,6 +45,7 @@ class ClusterClient(EngineClient):
         describe: asks the controller for the cluster's state; the routers' own counters are asked of them directly.
         secret: the cluster's; `directory` may set it anew, for a controller that was replaced brings a new one.
         front_id: this front's identity.
+        restore_timeout_s: a request whose router was lost fails if no router can be reached for so long.
     """
 
     def __init__(
@@ -186,62 +55,187 @@ class ClusterClient(EngineClient):
         *,
         secret: bytes,
         front_id: str,
+        restore_timeout_s: float,
     ) -> None:
         self._directory = directory
         self._describe = describe
         self.secret = secret
         self._front_id = front_id
+        self._restore_timeout_s = restore_timeout_s
         self._connections: dict[str, RouterConnection] = {}
+        self._complete = False
         self._reconnecting: asyncio.Task[None] | None = None
+        self._connected = asyncio.Event()  # replaced each time: set once a router was connected, or none will be
+        self._closed = False
+        self._resubmitted = 0
+        self._homeless = 0  # requests that wait for a router
+        self._crowded_out = 0  # and for room in a queue
+
+    @property
+    def resubmitted(self) -> int:
+        """See `EngineClient.resubmitted`."""
+        return self._resubmitted
 
     async def connect(self) -> None:
-        """Connect to every router, and stay connected: a router that was lost and restored is found again.
+        """Connect to the routers, and stay connected: one that was lost and restored is found again.
 
         Raises:
-            LinkError: one is not there.
+            LinkError: none of them is there.
         """
-        await self._connect()
+        failures = await self._connect()
+        if failures and not self._alive():
+            raise failures[0]
         self._reconnecting = asyncio.create_task(self._reconnect())
 
-    async def _connect(self) -> None:
-        failures: list[MorayError] = []
-        for router_id, address in (await self._directory()).items():
-            connection = self._connections.get(router_id)
-            if connection is None or connection.lost is not None:
-                try:
-                    self._connections[router_id] = await RouterConnection.open(
-                        router_id, address, secret=self.secret, identity=self._front_id
-                    )
-                except MorayError as error:
-                    failures.append(error)  # the others may well be there
-                    continue
-                if connection is not None:
-                    await connection.aclose()
-        if failures:
-            raise failures[0]
+    async def _connect(self) -> list[MorayError]:
+        """Connect to every router that is not connected; why some could not be."""
+        self._complete = False
+        addresses = await self._directory()
+        wanted = [router_id for router_id in addresses if not self._is_connected(router_id)]
+        # Side by side: one whose machine does not answer must not keep the front from the others.
+        opened = await asyncio.gather(*(self._open(name, addresses[name]) for name in wanted), return_exceptions=True)
+        for router_id in [name for name in self._connections if name not in addresses and not self._is_connected(name)]:
+            await self._connections.pop(router_id).aclose()
+        for error in opened:
+            if isinstance(error, BaseException) and not isinstance(error, MorayError):
+                raise error
+        failures = [error for error in opened if isinstance(error, MorayError)]
+        self._complete = not failures
+        return failures
+
+    async def _open(self, router_id: str, address: str) -> None:
+        connection = await RouterConnection.open(router_id, address, secret=self.secret, identity=self._front_id)
+        if self._is_connected(router_id):  # meanwhile, and it may have requests already
+            await connection.aclose()
+            return
+        before = self._connections.get(router_id)
+        self._connections[router_id] = connection
+        self._wake()
+        if before is not None:
+            await before.aclose()
 
     async def _reconnect(self) -> None:
         while True:
             await asyncio.sleep(_RECONNECT_PAUSE_S)
-            if any(connection.lost is not None for connection in self._connections.values()):
-                try:
-                    await asyncio.wait_for(self._connect(), _CONNECT_TIMEOUT_S)
-                except (MorayError, TimeoutError) as error:
-                    logger.info("%s: not reconnected yet: %s", self._front_id, error)
+            if self._complete and all(map(self._is_connected, self._connections)):
+                continue
+            try:
+                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    for failure in await self._connect():
+                        logger.info("%s: not reconnected yet: %s", self._front_id, failure)
+            except (MorayError, TimeoutError) as error:
+                logger.info("%s: not reconnected yet: %r", self._front_id, error)
+            except Exception:
+                # Whatever it is must not end this loop: without it the front never finds a restored router.
+                logger.exception("%s: reconnecting failed", self._front_id)
+
+    def _is_connected(self, router_id: str) -> bool:
+        connection = self._connections.get(router_id)
+        return connection is not None and connection.lost is None
+
+    def _alive(self) -> list[RouterConnection]:
+        """Routers that can be asked, the one with the fewest requests in flight first."""
+        alive = [c for c in self._connections.values() if c.lost is None]
+        return sorted(alive, key=lambda c: (c.outstanding, c.router_id))
+
+    def _wake(self) -> None:
+        self._connected.set()
+        self._connected = asyncio.Event()
+
+    # ---- one request --------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput]:
         """See `EngineClient.generate`."""
-        alive = [c for c in self._connections.values() if c.lost is None]
-        if not alive:
-            lost = "; ".join(f"{c.router_id}: {c.lost}" for c in self._connections.values())
-            raise ExpertsUnavailableError(f"no router can be reached: {lost or 'none connected'}")
-        connection = min(alive, key=lambda c: c.outstanding)
-        # Several fronts share a router: ids are made unique across them here.
-        wire_id = f"{self._front_id}/{uuid.uuid4().hex}"
-        outputs = connection.generate(replace(request, request_id=wire_id))
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield replace(output, request_id=request.request_id)
+        # Several fronts share a router, and each attempt at a request is one of its own.
+        name = f"{self._front_id}/{uuid.uuid4().hex}"
+        attempts = (f"{name}/{number}" for number in itertools.count())
+        so_far = [*request.generated_token_ids]
+        deaths = 0
+        stream = await self._place(request, attempts, admitted=False)
+        try:
+            while True:
+                try:
+                    async for output in stream:
+                        so_far += output.token_ids
+                        yield replace(output, request_id=request.request_id)
+                    return
+                except RouterLostError as error:
+                    deaths += 1
+                    if deaths > _MAX_DEATHS:
+                        raise RouterLostError(
+                            f"{deaths} routers were lost while they answered this request; it is given up ({error})"
+                        ) from error
+                rest = replace(request, generated_token_ids=[*so_far])
+                moved = await self._place(rest, attempts, admitted=True)
+                self._resubmitted += 1
+                stream.moved()
+                stream.close()
+                stream = moved
+        finally:
+            stream.close()
+
+    async def _place(self, request: GenerateRequest, attempts: Iterator[str], *, admitted: bool) -> RouterStream:
+        """Hand a request to the first router that takes it.
+
+        One that was `admitted` before is not turned away: it waits for a router, or for room in a queue.
+
+        Raises:
+            QueueFullError, ContextTooLongError, RequestError: it was refused.
+            RouterLostError: no router could be reached, for too long if it was admitted.
+        """
+        restored = Deadline.after(self._restore_timeout_s)
+        room = Deadline.after(_FULL_TIMEOUT_S)
+        pause, longest_pause = _FULL_PAUSES_S
+        crowded_out = False
+        try:
+            while not self._closed:
+                alive = self._alive()
+                if alive and self._crowded_out and not admitted:
+                    raise QueueFullError("requests of a lost router are waiting for room", retry_after_s=1.0)
+                full: QueueFullError | None = None
+                for connection in alive:
+                    try:
+                        return await connection.submit(replace(request, request_id=next(attempts)))
+                    except QueueFullError as error:
+                        full = error
+                    except RouterLostError:
+                        admitted = True  # it may have been taken; at any rate nothing was wrong when it came
+                if full is None:
+                    await self._await_router(restored, admitted=admitted)
+                    continue
+                if not admitted:
+                    raise full
+                if room.passed:
+                    raise RouterLostError(f"the router was lost, and no other has room: {full}") from full
+                if not crowded_out:
+                    crowded_out = True
+                    self._crowded_out += 1
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest_pause)
+                restored = Deadline.after(self._restore_timeout_s)  # a router that is full is there
+            raise RouterLostError("the front is shutting down")
+        finally:
+            self._crowded_out -= crowded_out
+
+    async def _await_router(self, deadline: Deadline, *, admitted: bool) -> None:
+        """Wait until a router is connected, if none is."""
+        if self._closed or self._alive():
+            return
+        lost = "; ".join(f"{c.router_id}: {c.lost}" for c in self._connections.values()) or "none connected"
+        if not admitted:
+            raise RouterLostError(f"no router can be reached: {lost}")
+        self._homeless += 1
+        try:
+            async with asyncio.timeout(deadline.remaining()):
+                await self._connected.wait()
+        except TimeoutError as error:
+            raise RouterLostError(
+                f"the router was lost, and none was restored within {self._restore_timeout_s:g} s: {lost}"
+            ) from error
+        finally:
+            self._homeless -= 1
+
+    # ---- the cluster --------------------------------------------------------------------------------------------------
 
     async def status(self) -> ClusterStatus:
         """See `EngineClient.status`."""
@@ -255,6 +249,8 @@ class ClusterClient(EngineClient):
         answers = await asked
         routers = [answer for answer in answers if isinstance(answer, RouterStats)]
         problems += [str(answer) for answer in answers if isinstance(answer, BaseException)]
+        if self._homeless:
+            problems.append(f"{self._homeless} requests wait for a router to be restored")
         if status.reason:
             problems.append(status.reason)
         for router in routers:
@@ -269,9 +265,11 @@ class ClusterClient(EngineClient):
 
     async def aclose(self) -> None:
         """See `EngineClient.aclose`."""
+        self._closed = True
         if self._reconnecting is not None:
             self._reconnecting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reconnecting
         for connection in self._connections.values():
             await connection.aclose()
+        self._wake()

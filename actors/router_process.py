@@ -11,8 +11,9 @@ from typing import Literal
 
 import torch
 
-from ..configs.errors import ConfigError, LinkError
+from ..configs.errors import ClusterError, ConfigError, LinkError
 from ..model.checkpoint import Checkpoint
+from ..model.compute import Compute
 from ..model.config import ModelConfig
 from ..model.loading import load_dense
 from ..model.progress import Progress
@@ -30,6 +31,9 @@ logger = logging.getLogger("moray.router")
 
 _DIAL_TIMEOUT_S = 30.0
 
+_ADOPT_TIMEOUT_S = 20.0
+"""A step is over in less, or has failed for want of experts: then too the new table is taken before it is tried again."""
+
 _MEND_PAUSE_S = 0.5
 """Between looks at lost links. A host that was killed refuses a dial at once; one that was only slow takes it."""
 
@@ -37,14 +41,16 @@ HostAddresses = Sequence[LinkAddress]
 """Every address one expert host listens on, one for each kind of link it offers."""
 
 
-def dial_host(addresses: HostAddresses, wanted: LinkKind | Literal["auto"], *, secret: bytes, identity: str) -> Link:
+def dial_host(
+    addresses: HostAddresses, wanted: LinkKind | Literal["auto"], *, secret: bytes, identity: str, device: torch.device
+) -> Link:
     """Link to an expert host by the kind that is wanted, or by the best one for the two places.
 
     Raises:
         ConfigError: the host does not offer the kind, or it cannot join the two.
         LinkError: the host is not there, or not ours.
     """
-    here = Site.here("cpu")
+    here = Site.here(device)
     machine = next((address.machine for address in addresses if address.kind == "shm"), "")
     kind = choose_kind(wanted, here=here, there=Site(machine, any(address.kind == "nccl" for address in addresses)))
     address = next((address for address in addresses if address.kind == kind), None)
@@ -60,6 +66,7 @@ class RouterProcess:
     Args:
         router_id: unique in the cluster, e.g. `router-0`.
         checkpoint: directory to read the dense weights from.
+        compute: where and in what the router computes.
         table, hosts: where the experts are, and the addresses of each of those hosts.
         link: kind of the links to them.
         bind_host: this node's address on the cluster's network.
@@ -76,7 +83,7 @@ class RouterProcess:
         router_id: str,
         *,
         checkpoint: Path,
-        dtype: torch.dtype,
+        compute: Compute,
         settings: RouterSettings,
         table: PlacementTable,
         hosts: Mapping[str, HostAddresses],
@@ -92,12 +99,13 @@ class RouterProcess:
         self._router_id = router_id
         self._link = link
         self._secret = secret
+        self._device = compute.device
         config = ModelConfig.load(checkpoint)
         dense, self._bytes_read = load_dense(Checkpoint.open(checkpoint), config, progress=progress)
-        weights = router_weights(config, dense, dtype)
+        weights = router_weights(config, dense, compute)
         links = {host: self._dial(addresses) for host, addresses in hosts.items()}
         dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s)
-        self._router = Router(router_id, config, weights, dispatch, settings)
+        self._router = Router(router_id, config, weights, dispatch, settings, compute=compute)
         self._hosts = dict(hosts)
         self._router.start(on_failure=self.stopped.set)  # a process without its step loop is of no use: be restored
         self._server = RouterServer(self._router, bind_host=bind_host, secret=secret)
@@ -127,6 +135,25 @@ class RouterProcess:
         self._hosts[host] = addresses
         self._router.set_link(host, self._dial(addresses))
 
+    def adopt(self, table: PlacementTable, hosts: Mapping[str, HostAddresses]) -> None:
+        """Link to the hosts that are new in `table`, and use it from the next step on; returns once that is so.
+
+        Args:
+            table: of a later epoch; each of its hosts has loaded its slots already.
+            hosts: addresses of every host of the table.
+
+        Raises:
+            LinkError: a new host cannot be reached; the old table stays in use.
+            ClusterError: the step that is running did not end in time.
+        """
+        self._hosts.update(hosts)
+        links = {host: self._dial(hosts[host]) for host in table.slots if host not in self._router.dispatch.table.slots}
+        adopted = self._router.adopt(table, links)
+        if not adopted.wait(_ADOPT_TIMEOUT_S):
+            raise ClusterError(
+                f"{self._router_id}: still in the step before epoch {table.epoch} after {_ADOPT_TIMEOUT_S:.0f} s"
+            )
+
     def stats(self) -> RouterStats:
         """The router's counters."""
         return self._router.stats()
@@ -150,4 +177,4 @@ class RouterProcess:
                     self._router.set_link(host, link)
 
     def _dial(self, addresses: HostAddresses) -> Link:
-        return dial_host(addresses, self._link, secret=self._secret, identity=self._router_id)
+        return dial_host(addresses, self._link, secret=self._secret, identity=self._router_id, device=self._device)

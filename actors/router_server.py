@@ -59,6 +59,12 @@ class RouterServer:
     def _accept(self) -> None:
         while not self._stopping.is_set():
             front = self._acceptor.accept(deadline=Deadline.after(_IDLE_POLL_S))
+            if self._router.closed is not None:
+                # It would refuse every request: fronts are better off with a port that nobody answers.
+                self._acceptor.close()
+                if front is not None:
+                    front.discard()
+                return
             if front is not None:
                 with self._fronts_lock:
                     self._fronts = {f for f in self._fronts if not f.closed} | {front}
@@ -91,9 +97,10 @@ class _FrontConnection:
                 return
             self.closed = True
             mine, self._mine = self._mine, set()
+        # First of all: a front that heard of the cancellations would take its requests for ended, not go on elsewhere.
+        shut_down(self._sock)
         for request_id in mine:
             self._router.cancel(request_id)
-        shut_down(self._sock)
         self._post(None)
 
     def discard(self) -> None:
@@ -105,7 +112,10 @@ class _FrontConnection:
         """Take a step's outputs; never blocks the router."""
         with self._lock:
             self._mine.difference_update(output.request_id for output in outputs if output.finish_reason is not None)
-        self._post(front_channel.encode(front_channel.outputs_message(outputs)))
+        # A router that has ended fails what is left: these requests have not failed, another router can go on with them.
+        ending = self._router.closed
+        message = front_channel.outputs_message(outputs) if ending is None else ["ending", ending]
+        self._post(front_channel.encode(message))
 
     def _post(self, data: bytes | None) -> None:
         try:
@@ -150,6 +160,8 @@ class _FrontConnection:
                 with self._lock:
                     self._mine.discard(request.request_id)
                 self._post(front_channel.encode(front_channel.refusal_message(request.request_id, error)))
+            else:
+                self._post(front_channel.encode(["accepted", request.request_id]))
             if self.closed:  # meanwhile: `close` may have cancelled before there was anything to cancel
                 self._router.cancel(request.request_id)
         elif kind == "cancel":

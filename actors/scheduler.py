@@ -31,7 +31,7 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        """Tokens produced so far."""
+        """Tokens of the answer so far, those of an earlier router included."""
         return len(self.tokens) - len(self.request.prompt_token_ids)
 
 
@@ -69,8 +69,11 @@ class Scheduler:
         self.prefix_hit_tokens = 0
 
     def add(self, request: GenerateRequest) -> Sequence:
-        """Queue a request; whether there is room for it is decided where it comes in (`Router.submit`)."""
-        sequence = Sequence(request, list(request.prompt_token_ids))
+        """Queue a request; whether there is room for it is decided where it comes in (`Router.submit`).
+
+        One that another router began is like one that was preempted: its tokens are computed again, in chunks.
+        """
+        sequence = Sequence(request, [*request.prompt_token_ids, *request.generated_token_ids])
         self.waiting.append(sequence)
         return sequence
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..model.compute import Compute
 from ..model.config import ModelConfig
 from ..model.loading import load_dense, open_model
 from ..model.weights import router_weights
@@ -85,15 +86,15 @@ class EngineParts:
 
     Args:
         checkpoint: a directory, e.g. of `write_random_checkpoint`.
-        dtype: what everything computes in.
+        dtype: what everything computes in, on the CPU, unless `compute` says otherwise.
     """
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32, *, compute: Compute | None = None) -> None:
         self.checkpoint = checkpoint
-        self.dtype = dtype
+        self.compute = compute or Compute.on_cpu(dtype)
         self.config, opened = open_model(checkpoint, verify="headers")
         dense, _ = load_dense(opened, self.config)
-        self.weights = router_weights(self.config, dense, dtype)
+        self.weights = router_weights(self.config, dense, self.compute)
         self.opened: list[Router | ExpertHost] = []
 
     def table(self, hosts: int, *, replicas: int = 1, epoch: int = 1) -> PlacementTable:
@@ -113,7 +114,7 @@ class EngineParts:
 
     def host(self, host_id: str, table: PlacementTable) -> ExpertHost:
         """A loaded host."""
-        host = ExpertHost(host_id, dtype=self.dtype)
+        host = ExpertHost(host_id, compute=self.compute)
         host.load(self.checkpoint, table.slots[host_id], epoch=table.epoch)
         self.opened.append(host)
         return host
@@ -136,7 +137,7 @@ class EngineParts:
     ) -> Router:
         """A router that has not been started."""
         dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s)
-        router = Router(router_id, self.config, self.weights, dispatch, settings)
+        router = Router(router_id, self.config, self.weights, dispatch, settings, compute=self.compute)
         self.opened.append(router)
         return router
 

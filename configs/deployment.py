@@ -27,12 +27,20 @@ class ExpertHosts(_Section):
 
     Attributes:
         hosts: how many; the experts of every layer are spread evenly over them.
+        max_hosts: how many `moray scale` can go to on a cluster that `moray serve` starts itself, where Ray is told of CPUs
+            for so many; on other clusters the nodes decide.
+        min_replicas: copies of each expert, on distinct hosts. With two, the death of a host costs no pause, and twice the
+            memory.
         cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
         reply_timeout_s: a host that is silent for so long with work in hand is taken for dead.
     """
 
     hosts: int = Field(default=2, ge=1)
+    max_hosts: int = Field(default=8, ge=1)
+    min_replicas: int = Field(default=1, ge=1)
     cpus: int = Field(default=1, ge=1)
+    gpus: float = Field(default=1.0, gt=0)
     reply_timeout_s: float = Field(default=10.0, gt=0)
 
 
@@ -42,18 +50,24 @@ class Routers(_Section):
     Attributes:
         replicas: how many; requests are spread over them.
         cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
         page_size: positions in one KV page.
         cache_tokens: positions in one router's KV cache, rounded up to whole pages.
+        kv_cache: `fp8` keeps latents in FP8 with a scale for every 128 of them: 57% of the memory of bfloat16. `auto` keeps
+            them in `dtype`.
         token_budget: most tokens in one step; a longer prompt is computed in chunks.
         max_running: most requests in one step.
         max_waiting: requests beyond this many waiting ones are refused with 429.
-        restore_timeout_s: how long requests wait for lost experts to be restored before they fail.
+        restore_timeout_s: how long requests wait for lost experts, and those of a lost router for a router, to be restored
+            before they fail.
     """
 
     replicas: int = Field(default=1, ge=1)
     cpus: int = Field(default=1, ge=1)
+    gpus: float = Field(default=1.0, gt=0)
     page_size: int = Field(default=32, ge=1)
     cache_tokens: int = Field(default=32768, ge=1)
+    kv_cache: Literal["auto", "fp8"] = "auto"
     token_budget: int = Field(default=512, ge=1)
     max_running: int = Field(default=64, ge=1)
     max_waiting: int = Field(default=256, ge=1)
@@ -91,7 +105,11 @@ class Deployment(_Section):
     Attributes:
         model: a checkpoint directory, or `tiny-r1` for the embedded one.
         name: the id clients use; by default the directory's name.
-        dtype: what is computed in; `auto` is float32 on CPUs, whose results do not depend on the machine's bf16 units.
+        device: where experts and attention compute; `auto` is cuda where there is any GPU, else cpu.
+        dtype: what is computed in; `auto` is bfloat16 on GPUs, and float32 on CPUs, whose results do not depend on the
+            machine's bf16 units.
+        fp8: what becomes of FP8 weights: `keep` multiplies them as they are stored with activations quantised to FP8,
+            `decode` turns them into `dtype` when they are loaded; `auto` keeps them on GPUs and decodes them on CPUs.
         link: how routers and expert hosts are joined; `auto` takes shm on one machine, else nccl or gloo.
         max_context: longest prompt plus answer in tokens; by default the model's own, as far as the cache holds it.
         verify: `full` looks for NaN in the whole checkpoint before anything starts, `headers` only at names and shapes,
@@ -100,7 +118,9 @@ class Deployment(_Section):
 
     model: str = EMBEDDED_MODEL
     name: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    fp8: Literal["auto", "keep", "decode"] = "auto"
     link: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     max_context: int | None = Field(default=None, ge=2)
     verify: Literal["auto", "full", "headers"] = "auto"

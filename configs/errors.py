@@ -11,6 +11,7 @@
     │   ├── PeerTimeoutError            the peer did not answer before the deadline
     │   └── HandshakeError              the peer is not ours: wrong secret, version or role
     ├── ExpertsUnavailableError         some (layer, expert) has no reachable replica
+    ├── RouterLostError                 the router of a request is gone or ending; another one could go on with it
     └── ClusterError                    the cluster could not do what was asked of it (start, stop, scale)
 
 Errors a user can cause are `ValueError`s with a message that names the value and the way out; invariants that only the
@@ -89,6 +90,10 @@ class HandshakeError(LinkError):
 
 class ExpertsUnavailableError(MorayError):
     """Some (layer, expert) has no reachable replica."""
+
+
+class RouterLostError(MorayError):
+    """The router of a request is gone, or ends as a whole; another one could go on with the request."""
 
 
 class ClusterError(MorayError):

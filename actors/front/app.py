@@ -129,7 +129,7 @@ def _add_observation(app: FastAPI, client: EngineClient, settings: FrontSettings
     @app.get("/metrics")
     async def prometheus() -> Response:
         status = await ask_status(client, timeout_s=settings.status_timeout_s)
-        return Response(metrics.exposition(status), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.exposition(status, resubmitted=client.resubmitted), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/moray/status")
     async def cluster_status() -> Response:

@@ -4,6 +4,7 @@
     ContextTooLongError      400   context_length_exceeded
     QueueFullError           429   with Retry-After
     ExpertsUnavailableError  503   with Retry-After: the cluster is restoring the experts
+    RouterLostError          503   with Retry-After: the cluster is restoring the routers
     EngineFailedError            500   or 503: the engine gave up on the request
     anything else            500   logged here, without its text in the answer
 
@@ -25,15 +26,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from ...configs.errors import ExpertsUnavailableError, QueueFullError, RequestError
+from ...configs.errors import ExpertsUnavailableError, QueueFullError, RequestError, RouterLostError
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that hung up before the answer: nobody receives it, metrics and logs show it."""
 
-EXPERTS_RETRY_AFTER_S = 5.0
-"""How long clients are asked to wait while experts are restored: about what a standby host takes to be linked."""
+RESTORE_RETRY_AFTER_S = 5.0
+"""How long clients are asked to wait while experts or routers are restored: about what a standby host takes to be linked."""
 
 
 class ApiError(Exception):
@@ -109,13 +110,13 @@ def api_error_of(error: BaseException) -> ApiError:
         return ApiError(429, str(error), kind="rate_limit_error", code=error.code, headers={"Retry-After": seconds})
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param, code=error.code)
-    if isinstance(error, ExpertsUnavailableError):
+    if isinstance(error, ExpertsUnavailableError | RouterLostError):
         return ApiError(
             503,
             str(error),
             kind="server_error",
-            code="experts_unavailable",
-            headers={"Retry-After": str(math.ceil(EXPERTS_RETRY_AFTER_S))},
+            code="router_lost" if isinstance(error, RouterLostError) else "experts_unavailable",
+            headers={"Retry-After": str(math.ceil(RESTORE_RETRY_AFTER_S))},
         )
     if isinstance(error, EngineFailedError):
         return ApiError(error.status, str(error), kind="server_error", code="generation_failed")
@@ -145,7 +146,7 @@ def install_error_handlers(app: FastAPI) -> None:
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    for kind in (ApiError, EngineFailedError, RequestError, ExpertsUnavailableError):
+    for kind in (ApiError, EngineFailedError, RequestError, ExpertsUnavailableError, RouterLostError):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(ClientDisconnect, gone)

@@ -85,6 +85,13 @@ class FrontMetrics:
         self._completion_tokens = Counter(
             "moray_completion_tokens", "Tokens generated for clients.", label(), registry=self.registry
         ).labels(front_id)
+        self._resubmitted = Counter(
+            "moray_requests_resubmitted",
+            "Requests that went on at another router because their own was lost.",
+            label(),
+            registry=self.registry,
+        ).labels(front_id)
+        self._resubmitted_before = 0
         self._ttft = Histogram(
             "moray_time_to_first_token_seconds",
             "From handing a prompt to the engine to its first token.",
@@ -124,8 +131,15 @@ class FrontMetrics:
         self._generations[reason].inc()
         self._prompt_tokens.inc(prompt_tokens)
 
-    def exposition(self, status: ClusterStatus | None) -> bytes:
-        """Everything in Prometheus' text format; `status` None means the cluster's state is not known now."""
+    def exposition(self, status: ClusterStatus | None, *, resubmitted: int) -> bytes:
+        """Everything in Prometheus' text format.
+
+        Args:
+            status: None means that the cluster's state is not known now.
+            resubmitted: see `EngineClient.resubmitted`.
+        """
+        self._resubmitted.inc(resubmitted - self._resubmitted_before)
+        self._resubmitted_before = resubmitted
         cluster = CollectorRegistry()
         cluster.register(_ClusterCollector(status))
         return generate_latest(self.registry) + generate_latest(cluster)

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from moray.actors.expert_host import ExpertHost
+from moray.model.compute import Compute
 
 
 def main() -> None:
     torch.set_num_threads(1)
     arguments = json.loads(sys.stdin.readline())
-    host = ExpertHost(arguments["host_id"], dtype=getattr(torch, arguments["dtype"]))
+    host = ExpertHost(arguments["host_id"], compute=Compute.on_cpu(getattr(torch, arguments["dtype"])))
     host.load(Path(arguments["checkpoint"]), arguments["slots"], epoch=arguments["epoch"])
     addresses = [
         host.listen(kind, bind_host="127.0.0.1", secret=bytes.fromhex(arguments["secret"]))

@@ -18,6 +18,7 @@ from moray.actors.moe_frames import Kind, MoeHeader
 from moray.actors.testing import SECRET
 from moray.configs.errors import HandshakeError, LinkError, PeerDiedError
 from moray.kernels.experts import swiglu_mlp
+from moray.model.compute import Compute
 from moray.model.loading import load_experts, open_model
 from moray.model.testing import write_random_checkpoint
 from moray.model.weights import mlp_weights
@@ -35,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def host(checkpoint: Path) -> Iterator[ExpertHost]:
-    host = ExpertHost("expert-host-0", dtype=torch.float32)
+    host = ExpertHost("expert-host-0", compute=Compute.on_cpu())
     host.load(checkpoint, SLOTS, epoch=3)
     yield host
     host.stop()
@@ -70,7 +71,7 @@ def expected(checkpoint: Path, work: Work) -> torch.Tensor:
     stored, _ = load_experts(opened, config, sorted(set(held)))
     hidden, _ = work.tensors
     rows = [
-        swiglu_mlp(hidden[row : row + 1], mlp_weights(stored[key], torch.float32))
+        swiglu_mlp(hidden[row : row + 1], mlp_weights(stored[key], Compute.on_cpu()))
         for row, key in zip(work.rows, held, strict=True)
     ]
     return torch.cat(rows)
@@ -101,7 +102,7 @@ def connect(host: ExpertHost, kind: LinkKind, router: str = "router-0") -> Link:
 
 def test_reads_exactly_its_slots(checkpoint: Path) -> None:
     """Three FP8 matrices an expert with a scale each 128x128 block, and one header."""
-    host = ExpertHost("expert-host-0", dtype=torch.float32)
+    host = ExpertHost("expert-host-0", compute=Compute.on_cpu())
     read = host.load(checkpoint, SLOTS, epoch=1)
     config, _ = open_model(checkpoint)
     h, n = config.hidden_size, config.moe_intermediate_size
@@ -207,14 +208,27 @@ def test_the_epoch_before_is_served_with_its_own_slots(host: ExpertHost, checkpo
     host.load(checkpoint, ((6, 4, 1), (7,)), epoch=4)
     assert torch.equal(ask(link, Work(epoch=3))[1][0], old)
     assert torch.equal(ask(link, Work(epoch=4, slots=(1, 1, 0)))[1][0], old)
-    host.load(checkpoint, SLOTS, epoch=5)
+    host.retire(4)
     header, _ = ask(link, Work(epoch=3))
-    assert "epoch 3 is not served here; [4, 5] are" in header.reason
+    assert "epoch 3 is not served here; [4] are" in header.reason
+    link.close()
+
+
+def test_a_new_epoch_reads_only_what_is_new(host: ExpertHost, checkpoint: Path) -> None:
+    """Experts that another epoch holds stay where they are; those that none holds any more are freed."""
+    link = connect(host, "inline")
+    (of_expert_4,) = ask(link, Work(slots=(0, 0, 0)))[1]
+    assert host.load(checkpoint, ((6, 4, 1), (7,)), epoch=4).data == 0
+    one_expert = host.load(checkpoint, ((2, 4), (7,)), epoch=5).data
+    assert one_expert > 0
+    assert torch.equal(ask(link, Work(epoch=5, slots=(1, 1, 1)))[1][0], of_expert_4)
+    host.retire(5)
+    assert host.load(checkpoint, SLOTS, epoch=6).data == 3 * one_expert
     link.close()
 
 
 def test_nothing_is_served_before_it_is_loaded() -> None:
-    host = ExpertHost("expert-host-0", dtype=torch.float32)
+    host = ExpertHost("expert-host-0", compute=Compute.on_cpu())
     link = host.inline_link("router-0")
     assert "not served here; [] are" in ask(link, Work())[0].reason
     host.stop()
@@ -222,7 +236,7 @@ def test_nothing_is_served_before_it_is_loaded() -> None:
 
 def test_stop_ends_links_and_threads(checkpoint: Path) -> None:
     before = set(threading.enumerate())
-    host = ExpertHost("expert-host-0", dtype=torch.float32)
+    host = ExpertHost("expert-host-0", compute=Compute.on_cpu())
     host.load(checkpoint, SLOTS, epoch=3)
     addresses: list[LinkAddress] = [host.listen(kind, bind_host="127.0.0.1", secret=SECRET) for kind in ("shm", "gloo")]
     links = [

@@ -6,22 +6,22 @@ import asyncio
 import contextlib
 import socket
 import struct
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import msgpack
 import pytest
 
-from moray.actors import front_channel, router_client
+from moray.actors import front_channel, router_client, router_connection
 from moray.actors.deadline import Deadline
 from moray.actors.links.handshake import authenticate
-from moray.actors.messages import ClusterStatus, GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
-from moray.actors.router import Router
-from moray.actors.router_client import ClusterClient, RouterConnection
+from moray.actors.messages import GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
+from moray.actors.router_connection import RouterConnection, RouterStream
 from moray.actors.router_server import RouterServer
-from moray.actors.testing import SECRET, SETTINGS, EngineParts, random_prompt, run
+from moray.actors.testing import SECRET, EngineParts, random_prompt, run
 from moray.configs.errors import (
     ClusterError,
     ContextTooLongError,
@@ -31,11 +31,12 @@ from moray.configs.errors import (
     MorayError,
     QueueFullError,
     RequestError,
+    RouterLostError,
 )
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
 
-STATUS = ClusterStatus("m", 1, "ok", "", [], [])
+from .served import Served, client_of, eventually, in_loop
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +50,6 @@ def parts(read_once: EngineParts) -> Iterator[EngineParts]:
         yield parts
 
 
-class Served:
-    """A running router and its server."""
-
-    def __init__(self, parts: EngineParts, **settings: Any) -> None:
-        self.router: Router = parts.engine(2, settings=replace(SETTINGS, **settings))
-        self.router.start()
-        self.server = RouterServer(self.router, bind_host="127.0.0.1", secret=SECRET)
-
-    def close(self) -> None:
-        self.server.close()
-        self.router.stop()
-
-
 @pytest.fixture
 def served(parts: EngineParts) -> Iterator[Served]:
     with contextlib.closing(Served(parts)) as served:
@@ -71,13 +59,6 @@ def served(parts: EngineParts) -> Iterator[Served]:
 def request(parts: EngineParts, name: str = "r", prompt: int = 6, **sampling: Any) -> GenerateRequest:
     params = SamplingParams(**{"max_tokens": 8, "temperature": 0.8, "seed": 5, **sampling})
     return GenerateRequest(name, random_prompt(parts.config, prompt, prompt), params)
-
-
-def in_loop(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(test(), 60)
-
-    asyncio.run(bounded())
 
 
 @contextlib.asynccontextmanager
@@ -90,31 +71,19 @@ async def connected(served: Served, secret: bytes = SECRET) -> AsyncIterator[Rou
 
 
 @contextlib.asynccontextmanager
-async def client_of(addresses: Mapping[str, str]) -> AsyncIterator[ClusterClient]:
-    async def directory() -> Mapping[str, str]:
-        return dict(addresses)
-
-    async def describe() -> ClusterStatus:
-        return STATUS
-
-    client = ClusterClient(directory, describe, secret=SECRET, front_id="front-0")
-    try:
-        await client.connect()
-        yield client
-    finally:
-        await client.aclose()
+async def answer_of(connection: RouterConnection, request: GenerateRequest) -> AsyncIterator[RouterStream]:
+    with contextlib.closing(await connection.submit(request)) as stream:
+        yield stream
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up, "it never came true"
-        await asyncio.sleep(0.01)
+async def outputs_of(connection: RouterConnection, request: GenerateRequest) -> list[TokenOutput]:
+    async with answer_of(connection, request) as stream:
+        return [output async for output in stream]
 
 
 def test_messages_survive_the_wire() -> None:
     sampling = SamplingParams(7, 0.5, 40, 0.9, 0.01, (1 << 64) - 1, 3, (1, 2))
-    wanted = GenerateRequest("front/1", [0, 5, 271], sampling)
+    wanted = GenerateRequest("front/1", [0, 5, 271], sampling, [7, 270])
     outputs = [
         TokenOutput("a", [1, 2], [TokenLogprobs(-0.1234567890123456789, [1], [-2.5]), TokenLogprobs(-1.0, [], [])]),
         TokenOutput("b", [], None, "error", "é"),
@@ -140,6 +109,7 @@ def test_messages_survive_the_wire() -> None:
         ContextTooLongError("long", param="max_tokens"),
         QueueFullError("full", retry_after_s=2.5),
         ExpertsUnavailableError("gone"),
+        RouterLostError("stopping"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -156,7 +126,7 @@ def test_an_answer_is_what_the_router_gives(parts: EngineParts, served: Served) 
 
     async def test() -> None:
         async with connected(served) as connection:
-            assert [output async for output in connection.generate(request(parts, logprobs=2))] == expected
+            assert await outputs_of(connection, request(parts, logprobs=2)) == expected
             assert connection.outstanding == 0
             stats = await connection.stats()
             assert (stats.router_id, stats.generated_tokens) == ("router-0", 8)
@@ -175,10 +145,10 @@ def test_refusals_are_raised_at_the_front(
     async def test() -> None:
         async with connected(served) as connection:
             with pytest.raises(kind) as refusal:
-                _ = [output async for output in connection.generate(request(parts, **sampling))]
+                await connection.submit(request(parts, **sampling))
             assert type(refusal.value) is kind
             assert connection.outstanding == 0
-            assert len([output async for output in connection.generate(request(parts))]) == 8, "it goes on"
+            assert len(await outputs_of(connection, request(parts))) == 8, "it goes on"
 
     in_loop(test)
 
@@ -200,18 +170,19 @@ def test_nobody_there() -> None:
     in_loop(test)
 
 
-@pytest.mark.parametrize("how", ["generator-closed", "connection-closed"])
+@pytest.mark.parametrize("how", ["stream-closed", "connection-closed"])
 def test_a_front_that_goes_away_frees_its_pages(parts: EngineParts, served: Served, how: str) -> None:
     async def test() -> None:
         async with connected(served) as connection:
-            outputs = connection.generate(request(parts, max_tokens=120))
-            await anext(outputs)
-            if how == "generator-closed":
-                await outputs.aclose()
+            stream = await connection.submit(request(parts, max_tokens=120))
+            await anext(stream)
+            if how == "stream-closed":
+                stream.close()
                 await eventually(lambda: served.router.stats().requests_cancelled == 1)
         await eventually(lambda: served.router.stats().requests_cancelled == 1)
-        with contextlib.suppress(ExpertsUnavailableError, StopAsyncIteration):
-            _ = [output async for output in outputs]
+        with contextlib.suppress(RouterLostError):
+            _ = [output async for output in stream]
+        stream.close()
 
     in_loop(test)
     assert served.router.pool.in_use == 0
@@ -219,47 +190,75 @@ def test_a_front_that_goes_away_frees_its_pages(parts: EngineParts, served: Serv
 
 def test_a_cancel_is_for_ones_own_requests(parts: EngineParts, served: Served) -> None:
     async def test() -> None:
-        async with connected(served) as one, connected(served) as two:
-            outputs = one.generate(request(parts, max_tokens=40))
-            await anext(outputs)
+        async with (
+            connected(served) as one,
+            connected(served) as two,
+            answer_of(one, request(parts, max_tokens=40)) as stream,
+        ):
+            await anext(stream)
             await two._send(["cancel", "r"])
             await two.stats()
-            assert (await anext(outputs)).finish_reason is None
-            assert [o async for o in outputs][-1].finish_reason == "length"
+            assert (await anext(stream)).finish_reason is None
+            assert [o async for o in stream][-1].finish_reason == "length"
 
     in_loop(test)
 
 
-def test_a_lost_router_shows_in_running_answers(parts: EngineParts) -> None:
+def test_a_lost_router_shows_in_running_answers(parts: EngineParts, served: Served) -> None:
     async def test() -> None:
-        served = Served(parts)
-        async with connected(served) as connection:
-            outputs = connection.generate(request(parts, max_tokens=120))
-            await anext(outputs)
+        async with connected(served) as connection, answer_of(connection, request(parts, max_tokens=120)) as stream:
+            await anext(stream)
             await asyncio.to_thread(served.server.close)
-            with pytest.raises(ExpertsUnavailableError, match="router-0 was lost while it answered"):
-                _ = [output async for output in outputs]
-            with pytest.raises(ExpertsUnavailableError, match="router-0 is lost"):
-                await anext(connection.generate(request(parts)))
+            with pytest.raises(RouterLostError, match="router-0 was lost while it answered"):
+                _ = [output async for output in stream]
+            with pytest.raises(RouterLostError, match="router-0 is lost"):
+                await connection.submit(request(parts))
             with pytest.raises(ClusterError, match="router-0 is lost"):
                 await connection.stats()
-        await asyncio.to_thread(served.close)
 
     in_loop(test)
 
 
-def test_a_stopping_router_ends_answers_with_its_reason(parts: EngineParts, served: Served) -> None:
+def test_a_stopping_router_gives_up_its_answers_and_takes_no_others(parts: EngineParts, served: Served) -> None:
+    async def test() -> None:
+        async with (
+            connected(served) as one,
+            connected(served) as two,
+            connected(served) as idle,
+            answer_of(one, request(parts, "a", max_tokens=120)) as stream,
+            answer_of(two, request(parts, "b", max_tokens=120)) as other,
+        ):
+            await anext(stream)
+            await anext(other)
+            await asyncio.to_thread(served.router.stop)
+            for ended in (stream, other):
+                with pytest.raises(RouterLostError, match=r"router-0 was lost .* the router is shutting down"):
+                    _ = [output async for output in ended]
+            assert idle.lost is None
+            with pytest.raises(RouterLostError, match="shutting down"):
+                await idle.submit(request(parts, "late"))
+            assert idle.lost == "the router is shutting down"
+
+    in_loop(test)
+
+
+def test_a_router_that_does_not_answer_is_given_up(
+    parts: EngineParts, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_connection, "_SUBMIT_TIMEOUT_S", 0.2)
+    frozen = threading.Event()
+    monkeypatch.setattr(served.router, "submit", lambda *_: frozen.wait(30))
+
     async def test() -> None:
         async with connected(served) as connection:
-            outputs = connection.generate(request(parts, max_tokens=120))
-            await anext(outputs)
-            await asyncio.to_thread(served.router.stop)
-            rest = [output async for output in outputs]
-            assert (rest[-1].finish_reason, rest[-1].error) == ("error", "the router is shutting down")
-            with pytest.raises(ExpertsUnavailableError, match="shutting down"):
-                await anext(connection.generate(request(parts, "late")))
+            with pytest.raises(RouterLostError, match=r"did not take a request within 0\.2 s"):
+                await connection.submit(request(parts))
+            assert connection.outstanding == 0
 
-    in_loop(test)
+    try:
+        in_loop(test)
+    finally:
+        frozen.set()
 
 
 def test_a_client_spreads_requests_and_hides_its_own_ids(parts: EngineParts) -> None:
@@ -295,7 +294,7 @@ def test_a_restored_router_is_found_at_its_new_address(parts: EngineParts, monke
             await asyncio.to_thread(lost.close)
             await asyncio.to_thread(moved.close)
             await eventually(lambda: all(c.lost is not None for c in client._connections.values()))
-            with pytest.raises(ExpertsUnavailableError, match="no router can be reached"):
+            with pytest.raises(RouterLostError, match="no router can be reached"):
                 await anext(client.generate(request(parts)))
             status = await client.status()
             assert status.health == "unavailable"
@@ -345,7 +344,12 @@ def framed(body: bytes) -> bytes:
 
 
 def generate_with(**changes: Any) -> bytes:
-    fields = {"id": "x", "prompt": b"\0\0\0\0", "sampling": list(asdict(SamplingParams(1)).values())} | changes
+    fields = {
+        "id": "x",
+        "prompt": b"\0\0\0\0",
+        "generated": b"",
+        "sampling": list(asdict(SamplingParams(1)).values()),
+    } | changes
     return framed(msgpack.packb(["generate", *fields.values()]))
 
 
@@ -364,6 +368,8 @@ MALFORMED = {
     "generate-short": framed(msgpack.packb(["generate", "x"])),
     "generate-number-as-id": generate_with(id=5),
     "generate-odd-prompt": generate_with(prompt=b"\0\0\0"),
+    "generate-odd-answer": generate_with(generated=b"\0\0\0"),
+    "generate-no-answer": generate_with(generated=None),
     "generate-list-prompt": generate_with(prompt=[1, 2]),
     "generate-no-sampling": generate_with(sampling=[]),
     "generate-short-sampling": generate_with(sampling=[1, ()]),
@@ -375,8 +381,7 @@ MALFORMED = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_message_drops_that_front_only(parts: EngineParts, served: Served, case: str) -> None:
     async def test() -> None:
-        async with connected(served) as good:
-            running = good.generate(request(parts, max_tokens=60))
+        async with connected(served) as good, answer_of(good, request(parts, max_tokens=60)) as running:
             await anext(running)
             with contextlib.closing(raw_front(served)) as sock:
                 sock.sendall(MALFORMED[case])

@@ -163,7 +163,7 @@ def host_processes(parts: EngineParts, table: PlacementTable, kind: LinkKind) ->
             assert process.stdin is not None
             description = {
                 "host_id": host_id,
-                "dtype": str(parts.dtype).removeprefix("torch."),
+                "dtype": str(parts.compute.dtype).removeprefix("torch."),
                 "checkpoint": str(parts.checkpoint),
                 "slots": slots,
                 "epoch": table.epoch,

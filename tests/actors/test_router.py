@@ -17,7 +17,8 @@ import torch
 from moray.actors.messages import GenerateRequest, TokenOutput
 from moray.actors.router import Router
 from moray.actors.testing import SETTINGS, EngineParts, Recorder, random_prompt, run
-from moray.configs.errors import ContextTooLongError, ExpertsUnavailableError, QueueFullError, RequestError
+from moray.configs.errors import ContextTooLongError, QueueFullError, RequestError, RouterLostError
+from moray.model.compute import Compute
 from moray.model.loading import load_experts, open_model
 from moray.model.reference import reference_logits
 from moray.model.sampling import SamplingParams
@@ -67,6 +68,20 @@ def test_a_stop_token_that_is_also_the_last_counts_as_stop(parts: EngineParts) -
     assert recorder.outputs["r"] == [TokenOutput("r", [first], None, "stop")]
 
 
+@pytest.mark.parametrize("already", [1, 5, 10, 11, 27])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_an_answer_goes_on_where_another_router_left_it(parts: EngineParts, temperature: float, already: int) -> None:
+    """Tokens, log-probabilities and the end are those of one go; what was generated before is not said again."""
+    whole = request(parts, max_tokens=28, temperature=temperature, seed=3, logprobs=2)
+    before = run(parts.engine(), [whole]).outputs["r"]
+    router = parts.engine(settings=replace(SETTINGS, token_budget=16))
+    generated = [token for output in before[:already] for token in output.token_ids]
+    recorder = run(router, [replace(whole, generated_token_ids=generated)])
+    assert recorder.outputs["r"] == before[already:]
+    stats = router.stats()
+    assert (stats.prompt_tokens, stats.generated_tokens) == (6, 28 - already)
+
+
 def test_fills_the_context_to_the_last_token(parts: EngineParts) -> None:
     recorder = run(parts.engine(), [request(parts, prompt=100, max_tokens=28)])
     assert len(recorder.tokens("r")) == 28
@@ -109,6 +124,20 @@ def test_sampling_that_cannot_be_is_refused(parts: EngineParts, case: str) -> No
 def test_prompts_that_cannot_be_are_refused(parts: EngineParts, tokens: list[Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         parts.engine().submit(GenerateRequest("r", tokens, SamplingParams(4)), Recorder())
+
+
+@pytest.mark.parametrize(
+    ("generated", "message"),
+    [([272], "272"), ([-1], "-1"), (["a"], "'a'"), ([1, 2, 3, 4], "max_tokens = 4"), ([1, 7], "stop token")],
+    ids=str,
+)
+def test_answers_that_cannot_be_gone_on_with_are_refused(
+    parts: EngineParts, generated: list[Any], message: str
+) -> None:
+    request = GenerateRequest("r", [1], SamplingParams(4, stop_token_ids=(7,)), generated)
+    with pytest.raises(RequestError, match=message) as refusal:
+        parts.engine().submit(request, Recorder())
+    assert refusal.value.param == "generated_token_ids"
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(129, 1), (128, 1), (64, 65)])
@@ -178,7 +207,7 @@ def test_logprobs_are_those_of_the_model(parts: EngineParts, count: int) -> None
     stored, _ = load_experts(opened, config, slots)
     experts: dict[int, Any] = {}
     for (layer, expert), weights in stored.items():
-        experts.setdefault(layer, {})[expert] = mlp_weights(weights, torch.float32)
+        experts.setdefault(layer, {})[expert] = mlp_weights(weights, Compute.on_cpu())
     # Temperature and filters choose the token; the probabilities reported are the model's own.
     wanted = request(parts, logprobs=count, temperature=0.7, top_k=5, seed=3)
     recorder = run(parts.engine(2), [wanted])
@@ -273,7 +302,7 @@ def test_stopping_fails_what_is_left_and_takes_nothing_more(parts: EngineParts, 
         end = recorder.end(f"r{i}")
         assert end is not None
         assert (end.finish_reason, end.error) == ("error", "the router is shutting down")
-    with pytest.raises(ExpertsUnavailableError, match="shutting down"):
+    with pytest.raises(RouterLostError, match="shutting down"):
         router.submit(request(parts, "late"), recorder)
     assert router.pool.in_use == 0
     assert not router.busy
@@ -293,7 +322,7 @@ def test_a_broken_step_loop_fails_everything_and_says_so(parts: EngineParts) -> 
     end = recorder.end("r")
     assert end is not None
     assert end.error == "router-0 failed: ArithmeticError: the model is broken"
-    with pytest.raises(ExpertsUnavailableError, match="the model is broken"):
+    with pytest.raises(RouterLostError, match="the model is broken"):
         router.submit(request(parts, "late"), recorder)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +24,7 @@ from moray.actors.testing import SETTINGS, EngineParts, Recorder, random_prompt,
 from moray.configs.errors import LinkError
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
+from moray.model.transformer import ForwardBatch
 
 HASTY = replace(SETTINGS, restore_timeout_s=0.3)
 Reply = tuple[bytes, list[torch.Tensor]]
@@ -283,3 +286,25 @@ def test_a_slow_host_is_dropped_and_the_others_replies_stay_in_order(
     while router.busy:
         router.step()
     assert {name: recorder.tokens(name) for name in undisturbed} == undisturbed
+
+
+def test_logits_that_are_no_numbers_fail_their_request_alone(
+    parts: EngineParts, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = parts.engine()
+    forward, steps = router.model.forward, itertools.count()
+
+    def overflowing(batch: ForwardBatch) -> torch.Tensor:
+        logits = forward(batch).clone()
+        if next(steps) == 5:
+            logits[1, 7] = math.nan
+        return logits
+
+    monkeypatch.setattr(router.model, "forward", overflowing)
+    recorder = run(router, requests(parts))
+    end = recorder.end("r1")
+    assert end is not None
+    assert (end.finish_reason, end.error) == ("error", "the model's logits for this request hold a NaN or an infinity")
+    assert recorder.tokens("r1") == undisturbed["r1"][:5]
+    assert {r: recorder.tokens(r) for r in ("r0", "r2", "r3")} == {r: undisturbed[r] for r in ("r0", "r2", "r3")}
+    assert router.pool.in_use == 0

@@ -9,12 +9,14 @@ import pytest
 import torch
 import yaml
 
-from moray.cluster.assembly import checkpoint_path, compute_dtype, max_context, router_settings
+from moray.cluster.assembly import checkpoint_path, compute, max_context, router_settings
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ConfigError
+from moray.model.compute import Compute
 from moray.model.config import ModelConfig
 from moray.model.testing import SMALL_CONFIG
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = ModelConfig.from_dict(dict(SMALL_CONFIG))  # made for 2048 tokens
 
 
@@ -154,6 +156,21 @@ def test_the_pool_holds_the_longest_sequence(page: int, cache: int, pages: int) 
     assert settings.pages * page >= settings.max_context
 
 
-def test_dtype() -> None:
-    found = [compute_dtype(Deployment.from_dict({"dtype": dtype})) for dtype in ("auto", "float32", "bfloat16")]
-    assert found == [torch.float32, torch.float32, torch.bfloat16]
+@pytest.mark.parametrize(
+    ("raw", "gpus", "expected"),
+    [
+        ({}, 0, Compute(CPU, torch.float32)),
+        ({"dtype": "bfloat16"}, 0, Compute(CPU, torch.bfloat16)),
+        ({"fp8": "keep", "routers": {"kv_cache": "fp8"}}, 0, Compute(CPU, torch.float32, keep_fp8=True, fp8_kv=True)),
+        ({}, 2, Compute(CUDA, torch.bfloat16, keep_fp8=True)),
+        ({"device": "cuda", "dtype": "float32", "fp8": "decode"}, 1, Compute(CUDA, torch.float32)),
+        ({"device": "cpu"}, 8, Compute(CPU, torch.float32)),
+    ],
+)
+def test_what_is_computed_with(raw: dict[str, Any], gpus: int, expected: Compute) -> None:
+    assert compute(Deployment.from_dict(raw), gpus=gpus) == expected
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="device = 'cuda': there is no GPU here; use cpu or auto"):
+        compute(Deployment.from_dict({"device": "cuda"}), gpus=0)

@@ -129,6 +129,7 @@ def test_metrics_count_what_happened(make_front: Any) -> None:
     assert found["moray_generations_total{reason=stop}"] == 1
     assert found["moray_generations_total{reason=length}"] == 1
     assert found["moray_completion_tokens_total{}"] == 3 + 1
+    assert found["moray_requests_resubmitted_total{}"] == 0
     assert found["moray_prompt_tokens_total{}"] == sum(len(r.prompt_token_ids) for r in front.engine.requests)
     assert found["moray_time_to_first_token_seconds_count{}"] == 2
     assert found["moray_inter_token_latency_seconds_count{}"] == 2
@@ -139,6 +140,14 @@ def test_metrics_count_what_happened(make_front: Any) -> None:
     assert found["moray_router_running{router=router-0}"] == 2
     assert found["moray_router_pages_free{router=router-0}"] == 4
     assert found["moray_router_generated_tokens_total{router=router-0}"] == 5
+
+
+def test_metrics_count_requests_that_moved_to_another_router(make_front: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = make_front()
+    for moved in (0, 3, 3, 4):
+        monkeypatch.setattr(type(front.engine), "resubmitted", moved)
+        found = samples(front.request("GET", "/metrics").text)
+        assert found["moray_requests_resubmitted_total{}"] == moved
 
 
 def test_failures_are_counted_by_how_they_ended(make_front: Any) -> None:

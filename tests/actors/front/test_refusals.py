@@ -11,7 +11,7 @@ import pytest
 from moray.actors.front.settings import FrontSettings
 from moray.actors.front.testing import Pause
 from moray.actors.messages import TokenOutput
-from moray.configs.errors import ExpertsUnavailableError, QueueFullError
+from moray.configs.errors import ExpertsUnavailableError, QueueFullError, RouterLostError
 
 
 def refused(
@@ -278,9 +278,16 @@ def test_a_full_queue_says_when_to_come_back(make_front: Any, endpoint: str, str
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_experts_that_are_away_are_a_503(make_front: Any, stream: bool) -> None:
-    response = make_front([ExpertsUnavailableError("layer 3, expert 7 has no replica")]).chat(stream=stream)
-    refused(response, 503, "layer 3, expert 7", code="experts_unavailable")
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ExpertsUnavailableError("layer 3, expert 7 has no replica"), "experts_unavailable"),
+        (RouterLostError("no router can be reached"), "router_lost"),
+    ],
+)
+def test_what_is_being_restored_is_a_503(make_front: Any, error: Exception, code: str, stream: bool) -> None:
+    response = make_front([error]).chat(stream=stream)
+    refused(response, 503, str(error), code=code)
     assert int(response.headers["retry-after"]) >= 1
 
 
