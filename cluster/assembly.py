@@ -11,6 +11,7 @@ from ..actors.front.settings import FrontSettings, load_api_keys
 from ..actors.router import RouterSettings
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import ConfigError
+from ..model.compute import Compute
 from ..model.config import ModelConfig
 
 
@@ -28,9 +29,22 @@ def checkpoint_path(model: str) -> Path:
     return path.resolve()
 
 
-def compute_dtype(deployment: Deployment) -> torch.dtype:
-    """What the deployment computes in."""
-    return torch.bfloat16 if deployment.dtype == "bfloat16" else torch.float32
+def compute(deployment: Deployment, *, gpus: float) -> Compute:
+    """What the deployment's processes compute with, where there are `gpus` GPUs.
+
+    Raises:
+        ConfigError: it asks for a GPU, and there is none.
+    """
+    if deployment.device == "cuda" and not gpus:
+        raise ConfigError("device = 'cuda': there is no GPU here; use cpu or auto, or start nodes that have some")
+    on_gpu = deployment.device == "cuda" or (deployment.device == "auto" and gpus > 0)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(deployment.dtype)
+    return Compute(
+        device=torch.device("cuda" if on_gpu else "cpu"),
+        dtype=dtype or (torch.bfloat16 if on_gpu else torch.float32),
+        keep_fp8=deployment.fp8 == "keep" or (deployment.fp8 == "auto" and on_gpu),
+        fp8_kv=deployment.routers.kv_cache == "fp8",
+    )
 
 
 def host_name(index: int) -> str:

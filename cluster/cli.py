@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_status(commands)
     _add_chat(commands)
+    _add_scale(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -64,6 +66,7 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--routers", type=int, metavar="N", help="routers")
     serve.add_argument("--link", choices=["auto", "shm", "gloo", "nccl"], help="links between routers and expert hosts")
     serve.add_argument("--name", help="the model's id in the API")
+    serve.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to compute")
     serve.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="what to compute in")
     serve.add_argument("--max-context", type=int, metavar="TOKENS", help="longest prompt plus answer")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
@@ -93,6 +96,25 @@ def _add_chat(commands: Any) -> None:
     chat.set_defaults(run=_chat)
 
 
+def _add_scale(commands: Any) -> None:
+    scale = commands.add_parser(
+        "scale",
+        help="change the number of expert hosts while requests run",
+        description="Prints the plan, loads what moves beside what is served, and has routers change over between steps.",
+    )
+    scale.add_argument("--experts", type=int, required=True, metavar="N", help="expert hosts there should be")
+    scale.add_argument("--address", help="Ray's address (default: that of the `moray serve` on this machine)")
+    scale.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
+    scale.add_argument("--json", action="store_true", help="print JSON")
+    scale.set_defaults(run=_scale)
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="show what this machine has, and which path each kernel takes on it")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+
 def _add_server_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--url", help="the server (default: the one `moray serve` runs on this machine)")
     command.add_argument("--api-key-file", type=Path, metavar="FILE", help="file whose first key to use")
@@ -108,6 +130,7 @@ def deployment_from(options: argparse.Namespace) -> Deployment:
     paths = {
         "model": options.model,
         "name": options.name,
+        "device": options.device,
         "dtype": options.dtype,
         "link": options.link,
         "max_context": options.max_context,
@@ -149,6 +172,18 @@ def _chat(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         max_tokens=options.max_tokens,
     )
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from .admin import scale
+
+    return scale(options.address, experts=options.experts, dry_run=options.dry_run, as_json=options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor(as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,25 @@ cluster, threads in the tests. It alone makes placement tables.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..actors.messages import ClusterStatus, ProcessStatus
 from ..actors.placement_table import PlacementTable
 from ..actors.router_process import HostAddresses
 from ..configs.deployment import Deployment
-from ..configs.errors import ClusterError, MorayError
+from ..configs.errors import ClusterError, ConfigError, MorayError
 from ..model.checkpoint import total_bytes
 from ..model.loading import open_model
 from ..model.reader import BytesRead
 from ..model.tensor_names import TensorNames
 from .assembly import checkpoint_path, host_name, router_name, router_settings, served_model
-from .placement import even_placement
+from .placement import next_placement
 from .spawning import ExpertHostHandle, RouterHandle, Spawner
 
 logger = logging.getLogger("moray.controller")
@@ -58,6 +59,41 @@ class Directory:
     secret: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From one placement to the next.
+
+    Attributes:
+        epoch: of the new table.
+        added, removed: expert hosts.
+        moved: (layer, expert) pairs that a host gets which did not hold them before.
+        total: (layer, expert) pairs in all.
+        seconds: how long it took; 0 for a plan.
+    """
+
+    epoch: int
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    moved: int
+    total: int
+    seconds: float = 0.0
+
+    @classmethod
+    def between(cls, old: PlacementTable, new: PlacementTable) -> Change:
+        """What `new` changes."""
+        moved = 0
+        for host, layers in new.slots.items():
+            before = old.slots.get(host, ((),) * new.layers)
+            moved += sum(len(set(now) - set(held)) for now, held in zip(layers, before, strict=True))
+        return cls(
+            epoch=new.epoch,
+            added=tuple(host for host in new.slots if host not in old.slots),
+            removed=tuple(host for host in old.slots if host not in new.slots),
+            moved=moved,
+            total=new.layers * new.experts,
+        )
+
+
 class Controller:
     """Runs one deployment. `start` returns when everything serves; `stop` leaves nothing behind."""
 
@@ -67,6 +103,7 @@ class Controller:
         self._path = checkpoint_path(deployment.model)
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
+        self._changing = threading.Lock()  # held while a process is restored or the placement changes: one at a time
         self._stopping = threading.Event()
         self._hosts: dict[str, ExpertHostHandle] = {}
         self._host_addresses: dict[str, HostAddresses] = {}
@@ -76,6 +113,10 @@ class Controller:
         self._supervisor: threading.Thread | None = None
         self._checked = False
         self._bytes_to_load = 0
+        self._expert_bytes = 0
+        self._change_to_load: tuple[int, int] | None = (
+            None  # bytes hosts had read before the change, and will read for it
+        )
         self.table: PlacementTable
 
     def check(self) -> None:
@@ -86,15 +127,18 @@ class Controller:
         """
         deployment = self.deployment
         config, checkpoint = open_model(self._path, verify=deployment.verify)
+        self._config = config
         served_model(deployment, config)
         self._settings = router_settings(deployment, config)
-        self.table = even_placement(config, [host_name(i) for i in range(deployment.experts.hosts)])
+        hosts = [host_name(i) for i in range(deployment.experts.hosts)]
+        self.table = next_placement(config, hosts, min_replicas=deployment.experts.min_replicas)
         names = TensorNames(config)
         dense, experts = (
             total_bytes(e for t in tensors for e in checkpoint.locate(t, config).entries)
             for tensors in (names.dense(), names.routed_experts())
         )
         self._bytes_to_load = deployment.routers.replicas * dense + experts
+        self._expert_bytes = experts // max(1, self.table.layers * self.table.experts)
         self._checked = True
 
     def start(self) -> None:
@@ -114,7 +158,7 @@ class Controller:
             for host_id in self.table.slots:
                 self._hosts[host_id] = self._spawner.expert_host(host_id, deployment)
             for host_id in self.table.slots:
-                self._open_host(host_id)
+                self._open_host(host_id, self.table)
             for router_id in router_ids:
                 self._routers[router_id] = self._spawn_router(router_id)
             for host_id in self.table.slots:
@@ -137,6 +181,18 @@ class Controller:
         handles = [*self._hosts.values(), *self._routers.values()]
         return sum(handle.bytes_loaded() for handle in handles), self._bytes_to_load
 
+    def change_progress(self) -> tuple[int, int] | None:
+        """Bytes that hosts have read for the change of placement that is going on, and will read for it; None without one."""
+        if self._change_to_load is None:
+            return None
+        before, total = self._change_to_load
+        return min(total, max(0, self._bytes_loaded() - before)), total
+
+    def _bytes_loaded(self) -> int:
+        with self._lock:
+            hosts = [self._hosts[name] for name, p in self._processes.items() if name in self._hosts and p.pid]
+        return sum(host.bytes_loaded() for host in hosts)
+
     def status(self) -> ClusterStatus:
         """The table's epoch and every process; the routers' own counters are not asked here."""
         with self._lock:
@@ -153,19 +209,15 @@ class Controller:
                 )
                 for name, p in self._processes.items()
             ]
-        down = [p for p in processes if p.state != "ready"]
-        hosts_up, routers_up = (
-            [p for p in processes if p.role == role and p.state == "ready"] for role in ("expert_host", "router")
-        )
+            table = self.table
+        # A host that is being added is not missed before routers send it work.
+        down = [p for p in processes if p.state != "ready" and (p.role == "router" or p.id in table.slots)]
+        unreachable = table.missing(set(table.slots) - {p.id for p in down})
+        routers_up = [p for p in processes if p.role == "router" and p.state == "ready"]
         return ClusterStatus(
             model=self.deployment.served_name,
-            epoch=self.table.epoch,
-            # Each expert has one replica: with any host away some expert is.
-            health="ok"
-            if not down
-            else "degraded"
-            if len(hosts_up) == len(self.table.slots) and routers_up
-            else "unavailable",
+            epoch=table.epoch,
+            health="ok" if not down else "degraded" if routers_up and not unreachable else "unavailable",
             reason="; ".join(f"{p.id} is {p.state}{': ' if p.detail else ''}{p.detail}" for p in down),
             processes=processes,
             routers=[],
@@ -179,20 +231,117 @@ class Controller:
         for handle in [*self._routers.values(), *self._hosts.values()]:
             handle.stop()
 
+    # ---- scaling ----------------------------------------------------------------------------------------------------
+
+    def plan_hosts(self, hosts: int) -> PlacementTable:
+        """The table for another number of expert hosts. Those with the highest numbers leave first.
+
+        Raises:
+            ConfigError: so many cannot be used.
+        """
+        if hosts < 1:
+            raise ConfigError(f"{hosts} expert hosts: at least one must hold the experts")
+        stay = sorted(self.table.slots, key=lambda name: int(name.rsplit("-", 1)[1]))[:hosts]
+        unused = (name for index in itertools.count() if (name := host_name(index)) not in self.table.slots)
+        return next_placement(
+            self._config,
+            [*stay, *itertools.islice(unused, hosts - len(stay))],
+            min_replicas=self.deployment.experts.min_replicas,
+            current=self.table,
+        )
+
+    def scale_experts(self, hosts: int, *, dry_run: bool = False) -> Change:
+        """Go to another number of expert hosts while requests run; returns what changed (or would).
+
+        Raises:
+            ConfigError: so many cannot be used.
+            ClusterError: there is no room for them, or a process failed; the placement is what it was.
+        """
+        with self._changing:
+            if self._stopping.is_set():
+                raise ClusterError("the cluster is stopping")
+            table = self.plan_hosts(hosts)
+            change = Change.between(self.table, table)
+            if dry_run or not (change.added or change.removed):
+                return change
+            self._spawner.check_room(self.deployment, hosts=len(change.added))
+            started = time.monotonic()
+            self._change_to_load = self._bytes_loaded(), change.moved * self._expert_bytes
+            try:
+                self._change_to(table, change)
+            finally:
+                self._change_to_load = None
+            return replace(change, seconds=time.monotonic() - started)
+
+    def _change_to(self, table: PlacementTable, change: Change) -> None:
+        """Load what the new table wants beside the old, have every router change over between two steps, then let go."""
+        logger.info("event=change epoch=%d added=%s removed=%s", table.epoch, change.added, change.removed)
+        before = self.table
+        try:
+            for name in change.added:
+                with self._lock:
+                    self._processes[name] = _Supervised()
+                    self._hosts[name] = self._spawner.expert_host(name, self.deployment)
+            for name in table.slots:
+                if name in change.added:
+                    self._open_host(name, table)
+                    self._processes[name].pid = self._hosts[name].pid
+                else:
+                    self._begin_load(name, table)
+            for name in table.slots:
+                self._finish_host(name)
+        except MorayError as error:
+            logger.error("event=change_failed epoch=%d reason=%s", table.epoch, error)
+            for name in change.added:
+                self._remove_host(name)
+            self._retire(before)
+            raise
+        with self._lock:
+            self.table = table
+        for router_id, router in self._routers.items():
+            try:
+                router.adopt(table, {name: self._host_addresses[name] for name in table.slots})
+            except MorayError as error:
+                # Ended, it is restored with the new table; its requests go on elsewhere or there.
+                logger.error("event=adopt_failed router=%s reason=%s", router_id, error)
+                router.stop()
+        for name in change.removed:
+            self._remove_host(name)
+        self._retire(table)
+        logger.info("event=changed epoch=%d", table.epoch)
+
+    def _remove_host(self, name: str) -> None:
+        with self._lock:
+            handle = self._hosts.pop(name, None)
+            self._host_addresses.pop(name, None)
+            self._processes.pop(name, None)
+        if handle is not None:
+            handle.stop()
+
+    def _retire(self, table: PlacementTable) -> None:
+        """Have the hosts of `table` let go of every other epoch."""
+        for name in table.slots:
+            try:
+                self._hosts[name].retire(table.epoch)
+            except MorayError as error:  # it died: restored, it holds this epoch alone
+                logger.warning("event=retire_failed host=%s reason=%s", name, error)
+
     # ---- one process at a time --------------------------------------------------------------------------------------
 
-    def _open_host(self, host_id: str) -> None:
+    def _open_host(self, host_id: str, table: PlacementTable) -> None:
         """Have a spawned host listen and begin to load; routers may link to it meanwhile."""
-        handle = self._hosts[host_id]
-        addresses = handle.listen(self.deployment.link, self._secret)
-        handle.begin_load(self._path, self.table.slots[host_id], self.table.epoch)
+        addresses = self._hosts[host_id].listen(self.deployment.link, self._secret)
+        self._begin_load(host_id, table)
         with self._lock:
             self._host_addresses[host_id] = addresses
 
+    def _begin_load(self, host_id: str, table: PlacementTable) -> None:
+        self._hosts[host_id].begin_load(self._path, table.slots[host_id], table.epoch)
+
     def _finish_host(self, host_id: str) -> None:
         handle = self._hosts[host_id]
-        bytes_read = handle.finish_load()
-        self._ready(host_id, handle.pid, handle.node, bytes_read)
+        now, before = handle.finish_load(), self._processes[host_id].bytes_read
+        self._ready(host_id, handle.pid, handle.node, BytesRead(before.data + now.data, before.headers + now.headers))
 
     def _spawn_router(self, router_id: str) -> RouterHandle:
         return self._spawner.router(
@@ -230,13 +379,16 @@ class Controller:
     def _supervise(self) -> None:
         again: set[str] = set()
         while not self._stopping.is_set():
-            handles: dict[str, ExpertHostHandle | RouterHandle] = {**self._hosts, **self._routers}
-            watched = {name: handles[name] for name, p in self._processes.items() if p.state == "ready"}
+            with self._lock:
+                handles: dict[str, ExpertHostHandle | RouterHandle] = {**self._hosts, **self._routers}
+                watched = {n: handles[n] for n, p in self._processes.items() if p.state == "ready" and n in handles}
             again.update(self._spawner.wait_for_deaths(watched, timeout_s=_POLL_S))
             # Hosts before routers: a router that starts links to every host.
             for name in sorted(again, key=lambda name: name in self._routers):
-                if not self._stopping.is_set() and self._restore(name):
-                    again.discard(name)
+                with self._changing:
+                    gone = name not in self._processes  # removed on purpose meanwhile
+                    if gone or (not self._stopping.is_set() and self._restore(name)):
+                        again.discard(name)
 
     def _restore(self, name: str) -> bool:
         """Start a dead process again, unless it dies all the time; False if that failed and is to be tried again."""
@@ -255,7 +407,8 @@ class Controller:
             if name in self._hosts:
                 self._hosts[name].stop()
                 self._hosts[name] = self._spawner.expert_host(name, self.deployment)
-                self._open_host(name)
+                process.bytes_read = BytesRead(0, 0)
+                self._open_host(name, self.table)
                 self._finish_host(name)
                 self._relink(name)
             else:

@@ -29,8 +29,8 @@ from ..model.reader import BytesRead
 from ..model.sampling import SamplingParams
 from ..model.tokenizer import ChatMessage
 from ..model.weights import router_weights
-from .assembly import checkpoint_path, compute_dtype, host_name, router_name, router_settings, served_model
-from .placement import even_placement
+from .assembly import checkpoint_path, compute, host_name, router_name, router_settings, served_model
+from .placement import next_placement
 
 _THOUGHT_TAIL = 16
 """Tokens at the end of a prompt in which an opened thought is looked for: the tag and the newlines after it."""
@@ -46,20 +46,22 @@ class LocalCluster:
         self.config, checkpoint = open_model(path, verify=deployment.verify, progress=progress)
         settings = router_settings(deployment, self.config)
         self.model = served_model(deployment, self.config)
-        dtype = compute_dtype(deployment)
+        computing = compute(deployment, gpus=torch.cuda.device_count())
         torch.set_num_threads(deployment.routers.cpus)
-        self.table = even_placement(self.config, [host_name(i) for i in range(deployment.experts.hosts)])
+        names = [host_name(i) for i in range(deployment.experts.hosts)]
+        self.table = next_placement(self.config, names, min_replicas=deployment.experts.min_replicas)
         self.hosts: list[ExpertHost] = []
         self._bytes_read: dict[str, BytesRead] = {}
         links = {}
         for host_id, slots in self.table.slots.items():
-            host = ExpertHost(host_id, dtype=dtype)
+            host = ExpertHost(host_id, compute=computing)
             self._bytes_read[host_id] = host.load(path, slots, epoch=self.table.epoch, progress=progress)
             links[host_id] = host.inline_link(router_name(0))
             self.hosts.append(host)
         dense, self._bytes_read[router_name(0)] = load_dense(checkpoint, self.config, progress=progress)
         dispatch = ExpertDispatch(self.table, links, reply_timeout_s=deployment.experts.reply_timeout_s)
-        self.router = Router(router_name(0), self.config, router_weights(self.config, dense, dtype), dispatch, settings)
+        weights = router_weights(self.config, dense, computing)
+        self.router = Router(router_name(0), self.config, weights, dispatch, settings, compute=computing)
 
     def status(self) -> ClusterStatus:
         """The state of everything; see `ClusterStatus`."""

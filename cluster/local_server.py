@@ -20,6 +20,7 @@ class LocalServer:
     """The whole cluster and the front in this process."""
 
     session = ""
+    ray_address = ""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment

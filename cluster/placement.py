@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..actors.placement_table import PlacementTable
 from ..configs.errors import ConfigError
 from ..model.config import ModelConfig
+from .placement_plan import HostSpec, plan_placement
 
 
 def even_placement(config: ModelConfig, hosts: Sequence[str], *, epoch: int = 1) -> PlacementTable:
@@ -36,3 +39,42 @@ def even_placement(config: ModelConfig, hosts: Sequence[str], *, epoch: int = 1)
             for index, host in enumerate(hosts)
         },
     )
+
+
+def next_placement(
+    config: ModelConfig, hosts: Sequence[str], *, min_replicas: int = 1, current: PlacementTable | None = None
+) -> PlacementTable:
+    """The table for these hosts: every expert on `min_replicas` of them, their shares equal, as little moved as can be.
+
+    Args:
+        config: of the model.
+        hosts: those there will be. Hosts of `current` that are not among them hold nothing afterwards.
+        min_replicas: copies of each expert, on distinct hosts.
+        current: the table to start from, if any; the new one has the epoch after it.
+
+    Raises:
+        ConfigError: so many hosts, or so few, cannot be used.
+    """
+    if len(hosts) < min_replicas:
+        raise ConfigError(
+            f"experts.min_replicas = {min_replicas}: copies of an expert are on distinct hosts, and there are {len(hosts)}; "
+            "use as many hosts or fewer replicas"
+        )
+    if current is None and min_replicas == 1:
+        return even_placement(config, hosts)
+    even_placement(config, hosts)  # refuses what cannot be
+    share, larger = divmod(config.n_routed_experts * min_replicas, len(hosts))
+    specs = [
+        HostSpec(
+            host,
+            # As `even_placement`: each layer gives its larger shares to the hosts that are next in turn.
+            slots=tuple(
+                share + ((index + layer * larger) % len(hosts) < larger) for layer in range(len(config.moe_layers))
+            ),
+        )
+        for index, host in enumerate(hosts)
+    ]
+    load = np.ones((len(config.moe_layers), config.n_routed_experts))
+    return plan_placement(
+        load, specs, first_layer=config.first_k_dense_replace, current=current, min_replicas=min_replicas
+    ).table

@@ -22,7 +22,8 @@ from .load_progress import LoadingShown
 
 logger = logging.getLogger("moray.serve")
 
-_APP = "moray"
+APP = "moray"
+"""Name of the Serve application."""
 
 _OBJECT_STORE_BYTES = 128 << 20
 """Ray carries no tensors here; its default, a third of the memory, would be reserved for nothing."""
@@ -66,6 +67,13 @@ class RayServer:
         found = self._sessions.glob(f"session_*_{os.getpid()}") if self._sessions is not None else ()
         return str(max(found, default=""))
 
+    @property
+    def ray_address(self) -> str:
+        """Where Ray can be reached; empty before it is."""
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else ""
+
     def start(self) -> None:
         """Check the checkpoint, start or join Ray, deploy, wait until it serves.
 
@@ -96,7 +104,7 @@ class RayServer:
         from ..model.loading import open_model
         from ..model.progress import default_progress
         from .assembly import checkpoint_path, front_settings, host_name, router_settings, served_model
-        from .placement import even_placement
+        from .placement import next_placement
 
         deployment = self._deployment
         if self._address is None:
@@ -105,7 +113,8 @@ class RayServer:
         router_settings(deployment, config)
         served_model(deployment, config)
         front_settings(deployment, front_id="check", behind_proxy=True)
-        even_placement(config, [host_name(i) for i in range(deployment.experts.hosts)])
+        names = [host_name(i) for i in range(deployment.experts.hosts)]
+        next_placement(config, names, min_replicas=deployment.experts.min_replicas)
 
     def _start_ray(self) -> None:
         import ray
@@ -115,7 +124,7 @@ class RayServer:
         # Ray's default of 15 is for batch jobs: a server would come after whatever else the machine does.
         os.environ.setdefault("RAY_worker_niceness", "0")
         experts, routers = self._deployment.experts, self._deployment.routers
-        wanted = experts.hosts * experts.cpus + routers.replicas * routers.cpus
+        wanted = max(experts.hosts, experts.max_hosts) * experts.cpus + routers.replicas * routers.cpus
         ray.init(
             address="local",
             num_cpus=max(wanted, os.cpu_count() or 1),
@@ -141,9 +150,9 @@ class RayServer:
             self._started_serve = True
             serve.start(proxy_location="HeadOnly", http_options={"host": front.host, "port": front.port})
         else:
-            if _APP in serve.status().applications:
+            if APP in serve.status().applications:
                 raise ClusterError(
-                    f"the cluster at {self._address} runs an application {_APP!r} already; end it "
+                    f"the cluster at {self._address} runs an application {APP!r} already; end it "
                     "(`serve shutdown` ends everything of Serve there), or leave out --address to start a cluster"
                 )
             # Serve listens where it was told when it was started; it cannot be told anew.
@@ -151,7 +160,7 @@ class RayServer:
         self._deployed = True
         plain = self._deployment.model_copy(update={"verify": "headers"}).model_dump()  # checked in full already
         with LoadingShown(_load_progress):
-            serve.run(build(plain), name=_APP, route_prefix="/", blocking=False)
+            serve.run(build(plain), name=APP, route_prefix="/", blocking=False)
 
     def _accounts(self) -> str:
         """What Serve's deployments say of themselves: the error of a process is there, and not in what `run` raises."""
@@ -160,7 +169,7 @@ class RayServer:
 
         if not (self._deployed and ray.is_initialized()):
             return ""
-        application = serve.status().applications.get(_APP)
+        application = serve.status().applications.get(APP)
         return "\n".join(d.message for d in application.deployments.values()) if application else ""
 
     def check(self) -> None:
@@ -217,7 +226,7 @@ class RayServer:
         from ray import serve
 
         if self._deployed:
-            serve.delete(_APP)
+            serve.delete(APP)
         if self._address is not None and self._started_serve and not serve.status().applications:
             _shut_down_serve()
 
@@ -229,7 +238,7 @@ def _load_progress() -> tuple[int, int] | None:
     from ray.serve.exceptions import RayServeException
 
     try:
-        handle = serve.get_deployment_handle("controller", app_name=_APP)
+        handle = serve.get_deployment_handle("controller", app_name=APP)
         progress: tuple[int, int] = handle.load_progress.remote().result(timeout_s=_CALL_S)
     except (RayServeException, ray.exceptions.RayError, KeyError, TimeoutError, RuntimeError):
         return None  # it does not run yet, or any more

@@ -47,6 +47,7 @@ class ServerRecord:
         model: what it serves.
         session: directory of the Ray session it started; empty if it joined one or runs without.
         processes: of that session.
+        ray_address: where Ray can be reached; empty if it runs without.
     """
 
     server: ProcessId
@@ -54,6 +55,7 @@ class ServerRecord:
     model: str
     session: str = ""
     processes: tuple[ProcessId, ...] = field(default=())
+    ray_address: str = ""
 
 
 class RunState:
@@ -87,6 +89,7 @@ class RunState:
                         url=raw["url"],
                         model=raw["model"],
                         session=raw["session"],
+                        ray_address=raw["ray_address"],
                         processes=tuple(ProcessId(**p) for p in raw["processes"]),
                     )
                 )

@@ -9,16 +9,18 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ..actors.front.app import create_app
 from ..actors.messages import ClusterStatus
 from ..actors.router_client import ClusterClient
 from ..configs.deployment import Deployment
-from ..configs.errors import ClusterError
+from ..configs.errors import ClusterError, MorayError
 from ..model.config import ModelConfig
 from .assembly import checkpoint_path, front_settings, served_model
-from .controller import Controller, Directory
+from .controller import Change, Controller, Directory
 from .spawning import Spawner
 
 _CONTROLLER_TIMEOUT_S = 3600.0
@@ -60,6 +62,19 @@ class ControllerDeployment:
         """Bytes read so far, and in all; see `Controller.load_progress`."""
         return await asyncio.to_thread(self._controller.load_progress)
 
+    async def change_progress(self) -> tuple[int, int] | None:
+        """See `Controller.change_progress`."""
+        return await asyncio.to_thread(self._controller.change_progress)
+
+    async def scale_experts(self, hosts: int, dry_run: bool) -> Change:
+        """See `Controller.scale_experts`.
+
+        Raises:
+            MorayError: it cannot be done; the placement is what it was.
+        """
+        await asyncio.shield(self._starting)
+        return await asyncio.to_thread(self._controller.scale_experts, hosts, dry_run=dry_run)
+
     async def __del__(self) -> None:
         # Serve calls this when the replica goes; the processes would follow it anyway, but asked they end in order.
         with contextlib.suppress(AttributeError):
@@ -78,7 +93,13 @@ class FrontDeployment:
         self._controller = controller
         self._front_id = f"front-{serve.get_replica_context().replica_id.unique_id}"
         directory = await self._ask("directory", _CONTROLLER_TIMEOUT_S)
-        self._client = ClusterClient(self._routers, self._status, secret=directory.secret, front_id=self._front_id)
+        self._client = ClusterClient(
+            self._routers,
+            self._status,
+            secret=directory.secret,
+            front_id=self._front_id,
+            restore_timeout_s=self._deployment.routers.restore_timeout_s,
+        )
         await self._client.connect()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -100,6 +121,10 @@ class FrontDeployment:
             return await asyncio.wait_for(getattr(self._controller, method).remote(), timeout_s)
         except TimeoutError as error:
             raise ClusterError(f"the controller did not answer {method} within {timeout_s:.0f} s") from error
+        except (RayError, RayServeException) as error:
+            if isinstance(error, MorayError):
+                raise  # the controller's own answer
+            raise ClusterError(f"the controller did not answer {method}: {error}") from error
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):

@@ -129,6 +129,7 @@ class _Recorder:
         """Write down what is known now."""
         with self._lock:
             record = replace(self.record, url=self._server.url, session=self._server.session)
+            record = replace(record, ray_address=self._server.ray_address)
             self.record = with_processes(record)
             self._state.write(self.record)
 

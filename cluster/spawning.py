@@ -19,11 +19,12 @@ from ..actors.links import LinkAddress, LinkKind
 from ..actors.placement_table import PlacementTable
 from ..actors.router import RouterSettings
 from ..actors.router_process import HostAddresses, RouterProcess
-from ..configs.deployment import Deployment
+from ..configs.deployment import Deployment, ExpertHosts, Routers
 from ..configs.errors import ClusterError, MorayError
+from ..model.compute import Compute
 from ..model.progress import CountingProgress
 from ..model.reader import BytesRead
-from .assembly import compute_dtype, host_name, router_name
+from .assembly import compute, host_name, router_name
 
 logger = logging.getLogger("moray.controller")
 
@@ -113,6 +114,10 @@ class ExpertHostHandle(_Handle):
         bytes_read: BytesRead = _get(self._loading, what=f"{self.name}: load", timeout_s=LOAD_TIMEOUT_S)
         return bytes_read
 
+    def retire(self, epoch: int) -> None:
+        """Have it serve `epoch` alone."""
+        self.call("retire", epoch)
+
 
 class RouterHandle(_Handle):
     """A router in a process of its own."""
@@ -134,13 +139,17 @@ class RouterHandle(_Handle):
         """Have it link to a restored host."""
         self.call("relink", host_id, addresses)
 
+    def adopt(self, table: PlacementTable, hosts: Mapping[str, HostAddresses]) -> None:
+        """Have it change to another table."""
+        self.call("adopt", table, hosts)
+
 
 class ExpertHostActor(ExpertHost):
     """`ExpertHost` with what only a Ray worker needs."""
 
-    def __init__(self, host_id: str, *, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, host_id: str, *, compute: Compute, threads: int) -> None:
         _configure(threads)
-        super().__init__(host_id, dtype=dtype)
+        super().__init__(host_id, compute=compute)
         self._progress = CountingProgress()
 
     def load_slots(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> BytesRead:
@@ -157,7 +166,9 @@ class ExpertHostActor(ExpertHost):
 
     def listen_all(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
         """Listen for every kind the deployment's `link` may turn into on this node."""
-        kinds: list[LinkKind] = ["shm", "gloo"] if link == "auto" else [link]
+        kinds: list[LinkKind] = [link] if link != "auto" else ["shm", "gloo"]
+        if link == "auto" and self.compute.device.type == "cuda":
+            kinds.append("nccl")
         return [self.listen(kind, bind_host=_node_ip(), secret=secret) for kind in kinds]
 
     def wait_until_stopped(self) -> None:
@@ -197,6 +208,11 @@ class RouterActor:
         """See `RouterProcess.relink`."""
         assert self._router is not None, "started before anything else is asked"
         self._router.relink(host, addresses)
+
+    def adopt(self, table: PlacementTable, hosts: Mapping[str, HostAddresses]) -> None:
+        """See `RouterProcess.adopt`."""
+        assert self._router is not None, "started before anything else is asked"
+        self._router.adopt(table, hosts)
 
     def stop(self) -> None:
         """Stop the router, if it has become one. Idempotent."""
@@ -248,7 +264,7 @@ class Spawner:
         actor = self._prepared.pop(router_id, None) or self._router_actor(router_id, deployment)
         started = actor.start.remote(
             checkpoint=checkpoint,
-            dtype=compute_dtype(deployment),
+            compute=self._compute(deployment),
             settings=settings,
             table=table,
             hosts=hosts,
@@ -257,6 +273,26 @@ class Spawner:
             secret=secret,
         )
         return RouterHandle(router_id, actor, started)
+
+    def check_room(self, deployment: Deployment, *, hosts: int) -> None:
+        """Refuse to start `hosts` more expert hosts where the cluster has no room for them.
+
+        Raises:
+            ClusterError: says how much of what is missing.
+        """
+        section, computing = deployment.experts, self._compute(deployment)
+        wanted = {"CPU": float(hosts * section.cpus)}
+        if computing.device.type == "cuda":
+            wanted["GPU"] = hosts * section.gpus
+        free = ray.available_resources()
+        short = [
+            f"{need - free.get(kind, 0):g} more {kind}s" for kind, need in wanted.items() if need > free.get(kind, 0)
+        ]
+        if short:
+            each = f"{section.cpus} CPU" + (f" and {section.gpus:g} GPU" if "GPU" in wanted else "")
+            raise ClusterError(
+                f"{hosts} more expert hosts of {each} each need {' and '.join(short)}{_shortage()}: add nodes"
+            )
 
     def close(self) -> None:
         """End processes that were prepared and never asked for."""
@@ -273,17 +309,24 @@ class Spawner:
         return [by_reference[reference] for reference in ended]
 
     def _host_actor(self, host_id: str, deployment: Deployment) -> Any:
-        cpus = deployment.experts.cpus
-        return _remote(ExpertHostActor, cpus).remote(host_id, dtype=compute_dtype(deployment), threads=cpus)
+        section, computing = deployment.experts, self._compute(deployment)
+        actor = _remote(ExpertHostActor, section, computing)
+        return actor.remote(host_id, compute=computing, threads=section.cpus)
 
     def _router_actor(self, router_id: str, deployment: Deployment) -> Any:
-        cpus = deployment.routers.cpus
-        return _remote(RouterActor, cpus).remote(router_id, threads=cpus)
+        section = deployment.routers
+        return _remote(RouterActor, section, self._compute(deployment)).remote(router_id, threads=section.cpus)
+
+    @staticmethod
+    def _compute(deployment: Deployment) -> Compute:
+        return compute(deployment, gpus=ray.cluster_resources().get("GPU", 0))
 
 
-def _remote(actor_class: type, cpus: int) -> Any:
+def _remote(actor_class: type, section: ExpertHosts | Routers, computing: Compute) -> Any:
+    gpus = section.gpus if computing.device.type == "cuda" else 0
     # Three calls may be in progress beside `wait_until_stopped`: a load, how far it is, and a relink.
-    return ray.remote(actor_class).options(num_cpus=cpus, max_restarts=0, max_concurrency=4)
+    options = {"num_cpus": section.cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 4}
+    return ray.remote(actor_class).options(**options)
 
 
 def _node_ip() -> str:

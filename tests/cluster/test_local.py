@@ -15,7 +15,7 @@ from moray.actors.local_engine import LocalEngine
 from moray.actors.messages import GenerateRequest, TokenOutput
 from moray.cluster.local import LLM, LocalCluster
 from moray.configs.deployment import Deployment
-from moray.configs.errors import ConfigError, ContextTooLongError, ExpertsUnavailableError, RequestError
+from moray.configs.errors import ConfigError, ContextTooLongError, RequestError, RouterLostError
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
 
@@ -134,7 +134,7 @@ def test_closing(checkpoint: Path) -> None:
     llm = LLM(checkpoint)
     llm.close()
     llm.close()
-    with pytest.raises(ExpertsUnavailableError, match="shutting down"):
+    with pytest.raises(RouterLostError, match="shutting down"):
         llm.generate([PROMPT])
 
 

@@ -1,0 +1,117 @@
+"""`moray scale`: changes a running cluster, through Ray: whoever can reach its Ray may."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from ..configs.errors import ClusterError, MorayError
+from .load_progress import LoadingShown
+from .run_state import RunState
+
+_CHANGE_TIMEOUT_S = 3600.0
+"""As long as loading experts may take."""
+
+_ASK_TIMEOUT_S = 10.0
+
+
+def scale(address: str | None, *, experts: int, dry_run: bool, as_json: bool) -> int:
+    """Go to another number of expert hosts; the plan is printed first, then what was done.
+
+    Args:
+        address: of the Ray cluster; None for that of the `moray serve` on this machine.
+        experts: how many hosts there should be.
+        dry_run: print the plan, change nothing.
+        as_json: print what was done (or would be) as JSON, and nothing else.
+
+    Raises:
+        MorayError: there is no such cluster, or it cannot be done; nothing has changed then.
+    """
+    with _controller(address or _own_address()) as controller:
+        plan = _ask(controller.scale_experts.remote(experts, True), _ASK_TIMEOUT_S)
+        if not as_json:
+            print(_described(plan))
+        if dry_run or not (plan.added or plan.removed):
+            if as_json:
+                print(json.dumps(asdict(plan), indent=2))
+            return 0
+
+        def progress() -> tuple[int, int] | None:
+            found: tuple[int, int] | None = _ask(controller.change_progress.remote(), _ASK_TIMEOUT_S)
+            return found
+
+        with LoadingShown(progress):
+            done = _ask(controller.scale_experts.remote(experts, False), _CHANGE_TIMEOUT_S)
+        if as_json:
+            print(json.dumps(asdict(done), indent=2))
+        else:
+            print(f"done: epoch {done.epoch} after {done.seconds:.1f} s; no request was stopped")
+    return 0
+
+
+def _described(plan: Any) -> str:
+    if not (plan.added or plan.removed):
+        return "nothing to do: there are as many expert hosts as that"
+    parts = [f"add {', '.join(plan.added)}"] if plan.added else []
+    parts += [f"remove {', '.join(plan.removed)}"] if plan.removed else []
+    return f"plan: {'; '.join(parts)}; move {plan.moved} of {plan.total} experts"
+
+
+def _own_address() -> str:
+    """Ray's address of the newest server that runs on this machine.
+
+    Raises:
+        ClusterError: there is none with a Ray cluster.
+    """
+    running = [record for record in RunState().records() if record.server.alive]
+    for record in running:
+        if record.ray_address:
+            return record.ray_address
+    if running:
+        raise ClusterError("the server on this machine runs in one process (`--local`), which cannot be scaled")
+    raise ClusterError("no server runs on this machine: start one with `moray serve`, or give its Ray with --address")
+
+
+@contextmanager
+def _controller(address: str) -> Iterator[Any]:
+    """A handle to the controller of the cluster at `address`.
+
+    Raises:
+        ClusterError: Ray is not there, or serves no Moray.
+    """
+    import ray
+    from ray import serve
+
+    from .ray_server import APP
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"Ray at {address} cannot be reached: {error}") from error
+    try:
+        if APP not in serve.status().applications:
+            raise ClusterError(f"the cluster at {address} serves no application {APP!r}")
+        yield serve.get_deployment_handle("controller", app_name=APP)
+    finally:
+        ray.shutdown()
+
+
+def _ask(response: Any, timeout_s: float) -> Any:
+    """The result of a call to the controller; what it raises as one of our errors."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return response.result(timeout_s=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, MorayError):
+            raise error.cause from None
+        raise ClusterError(str(error)) from error
+    except TimeoutError as error:
+        raise ClusterError(f"the controller did not answer within {timeout_s:.0f} s") from error
+    except RayError as error:
+        raise ClusterError(f"the controller cannot be asked: {error}") from error
