@@ -41,7 +41,7 @@ lint: setup
 kernels: setup
 	$(BIN)/python -m moray.kernels.table
 
-# Trains the embedded model again: about an hour on two CPU cores.
+# Trains the embedded model again: about an hour and a half on two idle CPU cores.
 tiny-r1: setup
 	$(BIN)/python -m moray.model.tiny_r1.training.train --out build/tiny-r1
 

@@ -171,7 +171,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Plan:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the tokenizer and the checkpoints")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps in all, earlier ones included")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps in all, earlier ones included")
     parser.add_argument("--minutes", type=float, default=0.0, help="train by the clock instead of by steps")
     parser.add_argument("--rows", type=int, default=24, help="packed rows a step, over all processes")
     parser.add_argument("--length", type=int, default=352, help="tokens of a row")
