@@ -112,6 +112,8 @@ def _ask(response: Any, timeout_s: float) -> Any:
             raise error.cause from None
         raise ClusterError(str(error)) from error
     except TimeoutError as error:
-        raise ClusterError(f"the controller did not answer within {timeout_s:.0f} s") from error
+        raise ClusterError(
+            f"the controller did not answer within {timeout_s:.0f} s: it may be changing or restoring something; try again"
+        ) from error
     except RayError as error:
         raise ClusterError(f"the controller cannot be asked: {error}") from error

@@ -6,6 +6,7 @@ cluster, threads in the tests. It alone makes placement tables.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -294,6 +295,10 @@ class Controller:
             logger.error("event=change_failed epoch=%d reason=%s", table.epoch, error)
             for name in change.added:
                 self._remove_host(name)
+            for name in set(table.slots) & set(before.slots):
+                # What still loads would be held on to if it were done only after the others have let go.
+                with contextlib.suppress(MorayError):
+                    self._hosts[name].finish_load()
             self._retire(before)
             raise
         with self._lock:

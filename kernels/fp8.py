@@ -17,7 +17,7 @@ BLOCK = 128
 E4M3_MAX = 448.0
 """Largest finite value of float8_e4m3fn."""
 
-_SMALLEST_AMAX = 1e-12
+SMALLEST_AMAX = 1e-12
 """Stands in for the largest value of an all-zero block, so that its scale is a positive, normal number."""
 
 _ROWS_AT_A_TIME = 8 * BLOCK
@@ -123,7 +123,7 @@ def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded = values.new_zeros(row_blocks * BLOCK, column_blocks * BLOCK)
     padded[:rows, :columns] = values
     amax = padded.view(row_blocks, BLOCK, column_blocks, BLOCK).abs().amax(dim=(1, 3))
-    scale_inv = amax.clamp_min(_SMALLEST_AMAX) / E4M3_MAX
+    scale_inv = amax.clamp_min(SMALLEST_AMAX) / E4M3_MAX
     scaled = values / _spread(scale_inv, rows, columns)
     # Division may leave a block's largest element an ulp above 448; the cast still rounds that to 448 (NaN is from 464).
     return scaled.to(torch.float8_e4m3fn), scale_inv

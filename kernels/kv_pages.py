@@ -17,16 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .fp8 import E4M3_MAX, decode_e4m3
+from .fp8 import E4M3_MAX, SMALLEST_AMAX, decode_e4m3
 
 GROUP = 128
 """Latent columns that share one scale."""
 
 ALIGNMENT = 16
 """Bytes: what one thread copies at a time."""
-
-SMALLEST_AMAX = 1e-12
-"""Stands in for the largest value of an all-zero group, so that its scale is a positive, normal number."""
 
 
 @dataclass(frozen=True, slots=True)

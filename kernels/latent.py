@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .cases import Case, Work
-from .fp8 import E4M3_MAX
-from .kv_pages import GROUP, SMALLEST_AMAX, KvFormat
+from .fp8 import E4M3_MAX, SMALLEST_AMAX
+from .kv_pages import GROUP, KvFormat
 from .launch import Config, kernel, launch, uses_triton
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference

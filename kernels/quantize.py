@@ -15,13 +15,12 @@ from torch.nn import functional
 
 from .block_gemm import FP8_ARCHITECTURE
 from .cases import Case, Work
-from .fp8 import BLOCK, E4M3_MAX, QuantizedRows
+from .fp8 import BLOCK, E4M3_MAX, SMALLEST_AMAX, QuantizedRows
 from .launch import Config, architecture, kernel, launch, uses_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-_SMALLEST_AMAX = 1e-12  # as for weights: of an all-zero group, so that its scale is a positive, normal number
 _GROUPS = 8  # groups of one program: 8 elements a thread, and enough programs for one row of 7168
 
 
@@ -73,7 +72,7 @@ def quantize_rows_reference(x: torch.Tensor, *, power_of_two_scales: bool = Fals
     groups = -(-width // BLOCK)
     values = functional.pad(x.float(), (0, groups * BLOCK - width)).view(rows, groups, BLOCK)
     amax = values.abs().amax(dim=-1)
-    scales = amax.clamp_min(_SMALLEST_AMAX) / E4M3_MAX
+    scales = amax.clamp_min(SMALLEST_AMAX) / E4M3_MAX
     if power_of_two_scales:
         scales = ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     scales = scales.masked_fill(~amax.isfinite(), float("nan"))

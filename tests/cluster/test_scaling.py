@@ -129,6 +129,7 @@ def test_a_host_that_dies_while_it_loads_undoes_the_change(
     assert (status.health, status.epoch) == ("ok", 1)
     assert [p.id for p in status.processes] == ["expert-host-0", "expert-host-1", "router-0", "router-1"]
     assert epochs(spawner, "expert-host-0") == [1]
+    assert not spawner.hosts["expert-host-0"].loading, "a load that ends later would be held on to"
     spawner.after_host = lambda host: None
     assert controller.scale_experts(3).epoch == 2
 

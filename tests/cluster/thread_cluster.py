@@ -33,7 +33,7 @@ class ThreadHost(ExpertHostHandle):
     def __init__(self, host: ExpertHost, died: Callable[[], None]) -> None:
         self.name, self.pid, self.node = host.host_id, id(host) % 100_000 + 1, "here"
         self.host = host
-        self.dead = self.cannot_load = False
+        self.dead = self.cannot_load = self.loading = False
         self.died = died
         self.may_load = threading.Event()
         self.may_load.set()
@@ -45,6 +45,7 @@ class ThreadHost(ExpertHostHandle):
         if self.cannot_load:
             raise ClusterError(f"{self.name}: is dead")
         self._load = (checkpoint, slots, epoch)
+        self.loading = True
 
     def retire(self, epoch: int) -> None:
         self.host.retire(epoch)
@@ -55,6 +56,7 @@ class ThreadHost(ExpertHostHandle):
     def finish_load(self) -> BytesRead:
         assert self.may_load.wait(20)
         checkpoint, slots, epoch = self._load
+        self.loading = False
         return self.host.load(checkpoint, slots, epoch=epoch)
 
     def stop(self) -> None:
