@@ -1,40 +1,39 @@
-"""The router's side of the expert layers: who computes which (token, expert) pair, out over the links and back."""
+"""The router's side of the expert layers: who computes which (token, expert) pair, out over the links and back.
+
+What is asked of a host is a *share*: some pairs of one layer. Everything that can go wrong with a host comes down to one
+rule, `_cover`: every pair that nobody has answered is asked of a host that will probably answer, and only where there is
+none, of one that perhaps will. So a lost host's pairs go to other replicas at once, a late host's are *hedged* (asked of
+others too, whoever answers first), and a refusal is taken elsewhere, all within the same layer of the same step.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
-from ..configs.errors import ExpertsUnavailableError, LinkError
+from ..configs.errors import ExpertsUnavailableError, LinkError, PeerTimeoutError
 from ..kernels.combine import combine
-from .deadline import Deadline
+from .host_line import HostLine
 from .links.base import Link
 from .moe_frames import Kind, MoeHeader
+from .pending_experts import PendingExperts, Share
 from .placement_table import PlacementTable
 from .replica_choice import choose_replicas
+from .reports import HostView
+from .routes import IF_NEED_BE, NO, YES, IntArray, LayerRoutes, Routes
 
+logger = logging.getLogger("moray.router")
 
-@dataclass(frozen=True, slots=True)
-class _HostShare:
-    """What one host was asked: positions [P] of its pairs in the flattened [T * K], in the order they were sent."""
+_LOOK_ROUND_S = 0.005
+"""A wait for one host is broken off so often, to look at all of them: a lost or late one must not hide behind another."""
 
-    host: str
-    pairs: torch.Tensor
-    sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class PendingExperts:
-    """Expert outputs on their way: made by `ExpertDispatch.start`, redeemed once by `finish`."""
-
-    topk_weights: torch.Tensor
-    hidden_size: int
-    dtype: torch.dtype
-    shares: list[_HostShare]
-    lost: LinkError | None
+_HELD_UP_S = 0.02
+"""A wait that ends so much later than asked for tells that this process got no CPU, or computed (behind an inline link):
+it could have heard nobody, so the time does not count against the hosts."""
 
 
 class ExpertDispatch:
@@ -42,65 +41,52 @@ class ExpertDispatch:
 
     One request and one reply for each host with work; exact sizes. Replicas share an expert's tokens so that the hosts'
     shares of the step come out even; which of them computes a token changes no bit of the result. Used by the router's thread
-    alone, but for `set_link`.
+    alone, but for what says that it is for any.
 
     Args:
         table: the placement to start with.
         links: host id -> link; hosts of the table without one count as unreachable.
-        reply_timeout_s: a host silent for this long with work in hand is taken for dead.
+        reply_timeout_s: a host silent for this long with work in hand is given up, also where no other has its experts.
+        clock: in seconds; lateness is measured on it.
 
     Attributes:
         broken: host -> what is wrong with it: its link was lost, or it refused the last work it was given.
+        expert_tokens: [L, E] tokens routed to each expert, counted once however often they were sent. For any thread: each
+            number is whole, though a step may be counted in some layers only.
         wait_s: time spent waiting for replies, in seconds.
+        resent_shares, hedged_shares, fenced_hosts: see `RouterStats`.
     """
 
-    def __init__(self, table: PlacementTable, links: Mapping[str, Link], *, reply_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        table: PlacementTable,
+        links: Mapping[str, Link],
+        *,
+        reply_timeout_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.table = table
-        self._links = dict(links)
         self._reply_timeout_s = reply_timeout_s
+        self._clock = clock
+        self._lines = {host: self._line(host, link) for host, link in links.items()}
+        self._answered = dict.fromkeys(table.slots, 0)
         self._sequence = 0
         self.broken: dict[str, str] = {}
+        self.expert_tokens: IntArray = np.zeros((table.layers, table.experts), dtype=np.int64)
         self.wait_s = 0.0
-        self._build_routes()
+        self.resent_shares = self.hedged_shares = self.fenced_hosts = 0
+        self._routes = Routes(table)
+        self._look_for_unreachable()
 
-    def _build_routes(self) -> None:
-        """Routing tensors: for each layer, replica number and expert the host's index and the slot; see `_route`."""
-        self._hosts = list(self.table.slots)
-        self._routes: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        unreachable = []
-        for layer in range(self.table.first_layer, self.table.first_layer + self.table.layers):
-            replicas = []
-            for expert in range(self.table.experts):
-                found = [(host, slot) for host, slot in self.table.replicas(layer, expert) if host in self._links]
-                if not found:
-                    unreachable.append((layer, expert))
-                replicas.append(found)
-            width = max(1, max(len(found) for found in replicas))
-            host_index = torch.zeros((width, self.table.experts), dtype=torch.int64)
-            slot_index = torch.zeros((width, self.table.experts), dtype=torch.int64)
-            count = torch.ones(self.table.experts, dtype=torch.int64)
-            for expert, found in enumerate(replicas):
-                for i, (host, slot) in enumerate(found):
-                    host_index[i, expert] = self._hosts.index(host)
-                    slot_index[i, expert] = slot
-                count[expert] = max(1, len(found))
-            self._routes[layer] = (host_index, slot_index, count)
-        self.unreachable = unreachable
+    # ---- hosts and tables: between steps ----------------------------------------------------------------------------
 
     def set_link(self, host: str, link: Link) -> None:
         """Use `link` for `host` from now on; the old one, if any, is closed. Call between steps only.
 
         A link to a host that has left the table meanwhile is closed at once.
         """
-        if host not in self.table.slots:
-            link.close()
-            return
-        old = self._links.pop(host, None)
-        if old is not None:
-            old.close()
-        self._links[host] = link
-        self.broken.pop(host, None)
-        self._build_routes()
+        self._set_link(host, link)
+        self._look_for_unreachable()
 
     def adopt(self, table: PlacementTable, links: Mapping[str, Link]) -> None:
         """Use `table` from now on, and `links` to the hosts that are new in it; hosts that left it are dropped.
@@ -108,31 +94,62 @@ class ExpertDispatch:
         Call between steps only: a layer's work and its replies belong to one epoch.
         """
         assert table.epoch > self.table.epoch, (table.epoch, self.table.epoch)
+        assert (table.layers, table.experts) == self.expert_tokens.shape, "of the same model"
         self.table = table
-        for host in [host for host in self._links if host not in table.slots]:
-            self._links.pop(host).close()
+        self._routes = Routes(table)
+        for host in [host for host in self._lines if host not in table.slots]:
+            self._lines.pop(host).link.close()
         self.broken = {host: why for host, why in self.broken.items() if host in table.slots}
+        self._answered = {host: self._answered.get(host, 0) for host in table.slots}
         for host, link in links.items():
-            self.set_link(host, link)
-        self._build_routes()
+            self._set_link(host, link)
+        self._look_for_unreachable()
+
+    def check(self) -> None:
+        """Between steps: take late replies, give up hosts that stay silent, notice those that died. Never blocks."""
+        self._attend()
+        for line in list(self._lines.values()):
+            try:
+                line.link.check()
+            except LinkError as error:
+                self._drop(line, error)
+
+    def close(self) -> None:
+        """Close every link; work in progress in another thread ends with an error. Idempotent. For any thread."""
+        for line in list(self._lines.values()):
+            line.link.close()
+
+    # ---- what there is to know: for any thread ----------------------------------------------------------------------
 
     @property
     def unlinked(self) -> list[str]:
         """Hosts of the table that there is no link to."""
-        return [host for host in self.table.slots if host not in self._links]
+        return [host for host in self.table.slots if host not in self._lines]
 
     @property
     def missing(self) -> int:
         """(layer, expert) pairs that no host can compute now; those that refuse their work are no better than lost ones."""
-        return len(self.table.missing(set(self._links) - set(self.broken)))
+        return self._routes.unreachable(set(self._lines) - set(self.broken))
 
-    def check(self) -> None:
-        """Notice peers that died while nothing was sent: drops their links. Never blocks."""
-        for host, link in list(self._links.items()):
-            try:
-                link.check()
-            except LinkError as error:
-                self._drop(host, error)
+    @property
+    def late_hosts(self) -> list[str]:
+        """Hosts that owe an answer for longer than is usual for them."""
+        return [line.host for line in list(self._lines.values()) if line.late]
+
+    def host_views(self) -> dict[str, HostView]:
+        """Every host of the table as it is now."""
+        now, lines, answered = self._clock(), dict(self._lines), self._answered
+        views = {}
+        for host in self.table.slots:
+            line, pairs = lines.get(host), answered.get(host, 0)
+            views[host] = (
+                HostView(linked=False, pairs=pairs)
+                if line is None
+                else HostView(True, max(0.0, now - line.due), line.latency.median_s, pairs)
+            )
+        return views
+
+    # ---- one layer of a step ----------------------------------------------------------------------------------------
 
     def start(
         self, layer: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -141,105 +158,189 @@ class ExpertDispatch:
 
         Where they are on a GPU, waits for topk_ids: message sizes are exact, so the host must know them.
 
-        A host that is lost while sending shows in `finish`, which every claim must be given to.
-
         Raises:
-            ExpertsUnavailableError: an expert has no reachable replica; nothing was sent.
+            ExpertsUnavailableError: an expert, of whatever layer, has no reachable replica.
         """
-        if self.unreachable:
+        self._attend()
+        if self._unreachable:
             raise self._unavailable()
-        host_index, slot_index, count = self._routes[layer]
-        top_k = topk_ids.shape[1]
-        experts, device = topk_ids.cpu(), hidden_states.device
-        replica = choose_replicas(experts, host_index, count)
-        hosts = host_index[replica, experts].flatten()
-        slots = slot_index[replica, experts].flatten()
-        # One stable sort groups the pairs by host and, within a host, by slot with tokens ascending.
-        order = torch.argsort(hosts * (int(slots.max()) + 1) + slots, stable=True)
-        present, counts = torch.unique_consecutive(hosts[order], return_counts=True)
-        shares: list[_HostShare] = []
-        lost: LinkError | None = None
-        for index, pairs in zip(present.tolist(), order.split(counts.tolist()), strict=True):
-            host = self._hosts[index]
-            rows, inverse = torch.unique(pairs // top_k, return_inverse=True)
-            self._sequence += 1
-            header = MoeHeader(Kind.WORK, layer, self.table.epoch, self._sequence).pack()
-            frame = (hidden_states[rows.to(device)], torch.stack((inverse, slots[pairs])).to(torch.int32))
-            try:
-                self._links[host].send(header, frame, deadline=Deadline.after(self._reply_timeout_s))
-            except LinkError as error:
-                lost = self._drop(host, error)
-                break
-            shares.append(_HostShare(host, pairs, self._sequence))
-        return PendingExperts(topk_weights, hidden_states.shape[1], hidden_states.dtype, shares, lost)
+        claim = PendingExperts(
+            layer, self.table.epoch, hidden_states, topk_ids.cpu(), topk_weights, all_experts=self.table.experts
+        )
+        self._cover(claim)
+        return claim
 
     def finish(self, pending: PendingExperts) -> torch.Tensor:
         """Wait for the replies and sum them in top-k order: [T, H] in fp32.
 
         Raises:
-            ExpertsUnavailableError: a host died, stayed silent past the deadline, refused or answered something else.
+            ExpertsUnavailableError: hosts died, stayed silent, refused or answered something else, and some pair has no
+                other replica.
         """
         started = time.perf_counter()
-        tokens, top_k = pending.topk_weights.shape
-        device = pending.topk_weights.device
-        outputs = torch.empty((tokens * top_k, pending.hidden_size), dtype=pending.dtype, device=device)
-        deadline = Deadline.after(self._reply_timeout_s)
-        lost, refused = pending.lost, ""
-        # Also after a failure every reply is taken: a link holds few, and unread ones would block its host.
-        for share in pending.shares:
+        try:
+            while pending.left:
+                if not self._collect(pending):
+                    self._attend()
+                    self._cover(pending)
+        finally:
+            pending.close()
+            self.wait_s += time.perf_counter() - started
+        self.expert_tokens[pending.layer - self.table.first_layer] += pending.load
+        return combine(pending.outputs, pending.topk_weights)
+
+    def _collect(self, claim: PendingExperts) -> bool:
+        """Take a reply of each host that is asked for open pairs; False as soon as one is not what it should be.
+
+        In the order in which they are due: then each one's time is its own, and none is held to be late for another.
+        """
+        lines = [line for line in self._lines.values() if any(map(claim.wants, line.shares_of(claim)))]
+        lines.sort(key=lambda line: (line.late, line.due))
+        return bool(lines) and all(self._receive(line, _LOOK_ROUND_S) for line in lines)
+
+    def _attend(self) -> None:
+        """Take what has arrived from hosts that owe something, and judge those that go on to owe it. Never waits."""
+        for line in list(self._lines.values()):
+            while line.owed and self._receive(line, 0.0):
+                pass
+            if line.owed and self._clock() > line.due and self._lines.get(line.host) is line:
+                self._overdue(line)
+
+    def _overdue(self, line: HostLine) -> None:
+        if not line.late:
+            line.late = True
+            logger.info("event=late host=%s silent_s=%.3f", line.host, line.silent_s)
+        if line.silent_s > line.silence_limit_s:
+            self._drop(line, PeerTimeoutError(line.host, f"was silent for {line.silent_s:.2f} s with work in hand"))
+
+    def _receive(self, line: HostLine, wait_s: float) -> bool:
+        """Wait for a host's next reply and take it; False if there was none, or it was not what the host was asked for."""
+        began = self._clock()
+        try:
+            reply = line.receive(wait_s)
+            held_up_s = self._clock() - began - wait_s
+            if held_up_s > _HELD_UP_S:
+                for other in self._lines.values():
+                    other.excuse(held_up_s)
+            if reply is None:
+                return False
+            done = self._take(line, *reply)
+            line.send_queued()
+        except LinkError as error:
+            self._drop(line, error)
+            return False
+        return done
+
+    def _take(self, line: HostLine, share: Share, header: MoeHeader, tensors: tuple[torch.Tensor, ...]) -> bool:
+        if header.kind is Kind.FAILED:
+            share.claim.refused[line.host] = self.broken[line.host] = f"{line.host} refused its work: {header.reason}"
+            line.refused()
+            return False
+        share.claim.take(share, tensors)
+        self._answered[line.host] += len(share.pairs)
+        self.broken.pop(line.host, None)
+        return True
+
+    # ---- who is asked for what --------------------------------------------------------------------------------------
+
+    def _cover(self, claim: PendingExperts) -> None:
+        """See to it that every open pair is asked of a host that is neither late nor refusing, where there is one.
+
+        Raises:
+            ExpertsUnavailableError: a pair can be asked of nobody any more; the claim is closed then.
+        """
+        while claim.left:
+            lines = len(self._lines)
+            asked, perhaps = self._asked(claim)
+            lost = np.flatnonzero(claim.is_open & ~asked & ~perhaps)
+            if len(lost):
+                routes = self._routes.of_layer(claim.layer, self._askable(claim, IF_NEED_BE))
+                if not routes.count[claim.experts[lost]].all():
+                    claim.close()
+                    raise self._unavailable(claim)
+                shares = self._ask(claim, lost, routes)
+                self.resent_shares += shares if claim.asked else 0
+                claim.asked = True
+            hedged = np.flatnonzero(claim.is_open & ~asked & perhaps)
+            if len(hedged):
+                routes = self._routes.of_layer(claim.layer, self._askable(claim, NO))
+                hedged = hedged[routes.count[claim.experts[hedged]] > 0]
+                self.hedged_shares += self._ask(claim, hedged, routes)
+            if len(self._lines) == lines:
+                return  # else a host was lost while it was being asked
+
+    def _asked(self, claim: PendingExperts) -> tuple[np.ndarray, np.ndarray]:
+        """Which pairs [T * K] are asked of hosts that will probably answer, and which of others."""
+        probably, perhaps = np.zeros((2, len(claim.experts)), dtype=np.bool_)
+        if claim.asked:
+            for line in self._lines.values():
+                for share in line.shares_of(claim):
+                    (perhaps if line.late else probably)[share.pairs] = True
+        return probably, perhaps
+
+    def _askable(self, claim: PendingExperts, avoided: int) -> tuple[int, ...]:
+        """For each host of the routes whether it can be asked; `avoided` for those that are late or refuse."""
+        lines, refused = self._lines, claim.refused
+        return tuple(
+            NO if (line := lines.get(host)) is None or host in refused else avoided if line.to_be_avoided else YES
+            for host in self._routes.hosts
+        )
+
+    def _ask(self, claim: PendingExperts, pairs: IntArray, routes: LayerRoutes) -> int:
+        """Ask for pairs [P], all of which have a route, one share for each host; how many shares.
+
+        Hosts that are lost meanwhile are dropped, and their shares with them.
+        """
+        if not len(pairs):
+            return 0
+        experts = claim.experts[pairs]
+        load = claim.load if len(pairs) == len(claim.experts) else None
+        replica = choose_replicas(experts, routes.hosts, routes.count, load=load)
+        hosts, slots = routes.hosts[replica, experts], routes.slots[replica, experts]
+        # One stable sort groups the pairs by host and, within a host, by slot with tokens ascending.
+        order = np.argsort(hosts * (int(slots.max()) + 1) + slots, kind="stable")
+        present, begin = np.unique(hosts[order], return_index=True)
+        for index, chosen in zip(present.tolist(), np.split(order, begin[1:]), strict=True):
+            self._sequence += 1
+            line = self._lines[self._routes.hosts[index]]
             try:
-                header, tensors = self._reply(share, deadline)
-                if header.kind is Kind.FAILED:
-                    refused = self.broken[share.host] = f"{share.host} refused its work: {header.reason}"
-                else:
-                    outputs[share.pairs.to(device)] = _checked_outputs(share, tensors, outputs).to(device)
-                    self.broken.pop(share.host, None)
+                line.post(Share(line.host, claim, pairs[chosen], slots[chosen], self._sequence))
             except LinkError as error:
-                lost = self._drop(share.host, error)
-        self.wait_s += time.perf_counter() - started
-        if lost is not None:
-            raise self._unavailable() from lost
-        if refused:
-            raise ExpertsUnavailableError(refused)
-        return combine(outputs.view(tokens, top_k, -1), pending.topk_weights)
+                self._drop(line, error)
+        return len(present)
 
-    def _reply(self, share: _HostShare, deadline: Deadline) -> tuple[MoeHeader, tuple[torch.Tensor, ...]]:
-        """The host's reply to this share; those to steps that were given up are skipped."""
-        while True:
-            frame = self._links[share.host].recv(deadline=deadline)
-            try:
-                header = MoeHeader.unpack(frame.header)
-            except ValueError as error:
-                raise LinkError(share.host, f"sent a reply that is none ({error})") from error
-            if header.sequence > share.sequence or header.kind is Kind.WORK:
-                raise LinkError(share.host, f"sent {header.kind.name} {header.sequence} as reply to {share.sequence}")
-            if header.sequence == share.sequence:
-                return header, frame.tensors
+    # ---- links ------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Close every link; work in progress in another thread ends with an error. Idempotent."""
-        for link in list(self._links.values()):
+    def _line(self, host: str, link: Link) -> HostLine:
+        return HostLine(host, link, reply_timeout_s=self._reply_timeout_s, clock=self._clock)
+
+    def _set_link(self, host: str, link: Link) -> None:
+        if host not in self.table.slots:
             link.close()
+            return
+        old = self._lines.pop(host, None)
+        if old is not None:
+            old.link.close()
+        self._lines[host] = self._line(host, link)
+        self.broken.pop(host, None)
 
-    def _drop(self, host: str, error: LinkError) -> LinkError:
-        self._links.pop(host).close()
-        self.broken[host] = str(error)
-        self._build_routes()
-        return error
+    def _drop(self, line: HostLine, error: LinkError) -> None:
+        if isinstance(error, PeerTimeoutError):
+            self.fenced_hosts += 1
+            logger.warning("event=fenced host=%s silent_s=%.3f reason=%r", line.host, line.silent_s, str(error))
+        else:
+            logger.warning("event=lost host=%s reason=%r", line.host, str(error))
+        self.broken[line.host] = str(error)  # first: whoever counts what is missing should find the reason
+        del self._lines[line.host]
+        line.link.close()
+        self._look_for_unreachable()
 
-    def _unavailable(self) -> ExpertsUnavailableError:
-        lost = "; ".join(self.broken.values()) or "no link to " + ", ".join(
-            h for h in self._hosts if h not in self._links
-        )
-        return ExpertsUnavailableError(
-            f"{len(self.unreachable)} (layer, expert) pairs have no reachable replica: {lost}"
-        )
+    def _look_for_unreachable(self) -> None:
+        self._unreachable = self._routes.unreachable(self._lines)
 
-
-def _checked_outputs(share: _HostShare, tensors: tuple[torch.Tensor, ...], expected: torch.Tensor) -> torch.Tensor:
-    """The one tensor of a reply, if it is what the share's pairs must give."""
-    shape = (share.pairs.shape[0], expected.shape[1])
-    if len(tensors) != 1 or tensors[0].shape != shape or tensors[0].dtype != expected.dtype:
-        found = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors) or "nothing"
-        raise LinkError(share.host, f"answered {found} instead of {list(shape)} {expected.dtype}")
-    return tensors[0]
+    def _unavailable(self, claim: PendingExperts | None = None) -> ExpertsUnavailableError:
+        """What is missing and why; given a claim, also what was refused."""
+        if not self._unreachable and claim is not None and claim.refused:
+            return ExpertsUnavailableError("; ".join(claim.refused.values()))
+        lost = "; ".join(self.broken.values()) or "no link to " + ", ".join(self.unlinked)
+        return ExpertsUnavailableError(f"{self._unreachable} (layer, expert) pairs have no reachable replica: {lost}")

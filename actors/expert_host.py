@@ -6,123 +6,186 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from ..configs.errors import LinkError
-from ..kernels.experts import ExpertWeights, MlpWeights, grouped_mlp
-from ..model.checkpoint import Checkpoint
+from ..configs.errors import ClusterError, LinkError
+from ..kernels.experts import grouped_mlp
 from ..model.compute import Compute
-from ..model.config import ModelConfig
-from ..model.loading import load_experts
+from ..model.loading import BytesRead
 from ..model.progress import Progress
-from ..model.reader import BytesRead
-from ..model.weights import mlp_weights
+from ..model.reader import DEFAULT_THREADS
+from . import warm_up
+from .background import run_in_background
+from .busy_time import BusyTime
 from .deadline import Deadline
+from .expert_loading import ExpertLoader
+from .held_experts import HeldExperts
 from .links import Frame, InlineLink, Link, LinkAddress, LinkKind, Listener, listen
-from .moe_frames import Kind, MoeHeader
+from .model_files import ModelFiles
+from .moe_frames import Kind, MoeHeader, check_pairs
 from .placement_table import EMPTY
+from .reports import HostReport
+from .weight_copy import Sources, give
 
 logger = logging.getLogger("moray.expert_host")
 
 _IDLE_POLL_S = 1.0
+_LOAD_TIMEOUT_S = 3600.0
+"""For one load: 654 GB over ten hosts from a slow shared disk take half an hour."""
+
+_READS_BESIDE_SERVING = 1
+"""Reads in flight while routers are served; see `expert_loading.py`."""
+
 _REPLY_TIMEOUT_S = 10.0
 """A router that does not take a reply for this long is treated as gone: its own step waits for it with nothing else to do."""
-
-
-def _check_pairs(pairs: torch.Tensor, tokens: int) -> None:
-    """Refuse pairs [2, P] (rows, slots) that a kernel would follow out of its tensors.
-
-    Raises:
-        ValueError: a row is no token of the frame, or the slots do not ascend.
-    """
-    rows, slots = pairs.unbind()
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < tokens:
-        raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} of {tokens} tokens")
-    if slots.numel() and (int(slots[0]) < 0 or bool((slots.diff() < 0).any())):
-        raise ValueError("slots do not ascend from 0 on")
-
-
-@dataclass(frozen=True, slots=True)
-class _Epoch:
-    """What one placement epoch has here: MLPs by (layer, logical expert), and the same by layer and slot."""
-
-    experts: dict[tuple[int, int], MlpWeights]
-    layers: dict[int, ExpertWeights]
 
 
 class ExpertHost:
     """Serves the experts in its slots over links; several routers at once, one thread each, one computation at a time.
 
+    Hosts that need some of its experts copy them over links of their own, beside that.
+
     Args:
-        host_id: unique in the cluster, e.g. `expert-host-0`.
+        host_id: unique in the cluster, e.g. `expert-host-0`; empty for a host that stands by until it is told who to be.
         compute: where and in what the experts compute.
     """
 
     def __init__(self, host_id: str, *, compute: Compute) -> None:
         self.host_id = host_id
         self.compute = compute
-        self._epochs: dict[int, _Epoch] = {}  # what is served; replaced as a whole, never changed in place
+        self._files = ModelFiles()
+        self._held = HeldExperts()
         self._one_at_a_time = threading.Lock()
+        self._busy = BusyTime(compute.device)
+        self._pairs = 0  # guarded by the lock above
         self._stopping = threading.Event()
         self._listeners: list[Listener] = []
         self._links: set[Link] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()  # guards the two above
 
+    def become(self, host_id: str) -> None:
+        """Be `host_id` from now on, having stood by; before this, a host neither listens nor loads.
+
+        Raises:
+            ClusterError: it is another host already.
+        """
+        if self.host_id:
+            raise ClusterError(f"{self.host_id} cannot become {host_id}: only a host that stands by can")
+        self.host_id = host_id
+
+    def warm_up(self, checkpoint: Path) -> None:
+        """Do what the first load and the first request would wait for: open the checkpoint, compute once with made-up weights.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be opened.
+        """
+        config, _ = self._files.open(checkpoint)
+        with self._one_at_a_time:
+            warm_up.warm_up(config, self.compute)
+
     def load(
-        self, checkpoint: Path, slots: Sequence[Sequence[int]], *, epoch: int, progress: Progress | None = None
+        self,
+        checkpoint: Path,
+        slots: Sequence[Sequence[int]],
+        *,
+        epoch: int,
+        progress: Progress | None = None,
+        sources: Sources | None = None,
+        link: LinkKind | Literal["auto"] = "auto",
+        secret: bytes = b"",
+        gently: bool = False,
     ) -> BytesRead:
         """Hold the experts in `slots` (for each layer with routed experts, the expert in each slot, or `EMPTY`) as of `epoch`.
 
-        Reads exactly those that no epoch served here has; the others stay where they are in memory. Earlier epochs are
-        served on until `retire`: routers change over one by one, and none waits for this.
+        Gets exactly those that no epoch served here has; the others stay where they are in memory. Earlier epochs are
+        served on until `retire`: routers change over one by one, and none waits for this. Loads take turns.
+
+        Args:
+            epoch: one that is served already is replaced.
+            progress: where to show how far it is, whether experts are read or copied.
+            sources: live hosts to copy from beside reading, whichever is faster: experts that several have are asked of
+                whoever is free. One that fails is left out.
+            link: kind of the links to them.
+            secret: the cluster's; needed where there are sources.
+            gently: leave the cores to other processes; for a host that serves nothing yet, others ignore it.
 
         Returns:
-            What was read now.
+            What was read and copied now.
 
         Raises:
-            CheckpointError: a tensor is missing, damaged or holds NaN; nothing has changed then.
+            CheckpointError: a tensor is missing, damaged or holds NaN, and no source has it; nothing has changed then.
+            ClusterError: the epoch was given up by `abandon` or `retire` meanwhile; nothing has changed then.
         """
-        config = ModelConfig.load(checkpoint)
-        layers = config.moe_layers
-        assert len(slots) == len(layers), (len(slots), len(layers))
-        wanted = [
-            (layer, expert) for layer, held in zip(layers, slots, strict=True) for expert in held if expert != EMPTY
-        ]
-        held = {key: weights for served in self._epochs.values() for key, weights in served.experts.items()}
-        missing = [key for key in wanted if key not in held]
-        stored, bytes_read = load_experts(Checkpoint.open(checkpoint), config, missing, progress=progress)
-        held |= {key: mlp_weights(weights, self.compute) for key, weights in stored.items()}
-        experts = {key: held[key] for key in wanted}
-        placed = {
-            layer: ExpertWeights({s: experts[layer, expert] for s, expert in enumerate(of_layer) if expert != EMPTY})
-            for layer, of_layer in zip(layers, slots, strict=True)
-        }
-        self._epochs = {**self._epochs, epoch: _Epoch(experts, placed)}
-        return bytes_read
+        self._check_named("load")
+        with self._held.loading(epoch) as loading:
+            config, opened = self._files.open(checkpoint)
+            layers = config.moe_layers
+            assert len(slots) == len(layers), (len(slots), len(layers))
+            wanted = [(layer, e) for layer, held in zip(layers, slots, strict=True) for e in held if e != EMPTY]
+            held = self._held.all()
+            kept = {key: held.pop(key) for key in set(wanted) & held.keys()}  # whatever is retired meanwhile
+            serving = bool(self._held.epochs)
+            loader = ExpertLoader(
+                host_id=self.host_id,
+                epoch=epoch,
+                checkpoint=opened,
+                config=config,
+                compute=self.compute,
+                sources=sources or {},
+                link=link,
+                secret=secret,
+                threads=_READS_BESIDE_SERVING if serving else DEFAULT_THREADS,
+            )
+            deadline = Deadline.after(_LOAD_TIMEOUT_S)
+            missing = [key for key in wanted if key not in kept]
+
+            def get() -> BytesRead:
+                new, read, copied = loader.load(missing, progress=progress, check=loading.check, deadline=deadline)
+                self._held.add(loading, layers, slots, kept | new)
+                return BytesRead(data=read, headers=self._files.header_bytes(), copied=copied)
+
+            if serving or not gently:
+                return get()
+            torch.empty(0, device=self.compute.device)  # threads that CUDA starts must not inherit the low weight
+            return run_in_background(get, timeout_s=_LOAD_TIMEOUT_S + _REPLY_TIMEOUT_S)
 
     def retire(self, epoch: int) -> None:
-        """Stop serving every epoch but `epoch`, and free what only the others held: no router uses them any more."""
-        self._epochs = {served: held for served, held in self._epochs.items() if served == epoch}
+        """Stop serving every epoch but `epoch`, and free what only the others held: no router uses them any more.
+
+        Loads for earlier epochs end with an error, those for later ones go on.
+        """
+        self._held.retire(epoch)
+
+    def abandon(self, epoch: int) -> None:
+        """Stop serving `epoch` alone; loads for it end with an error, soon. No router has taken it up, nor ever will."""
+        self._held.abandon(epoch)
+
+    def report(self) -> HostReport:
+        """The host's account of itself; never waits for a computation."""
+        return HostReport(self._held.epochs, self._busy.seconds, self._pairs, self._held.resident_bytes)
 
     def listen(self, kind: LinkKind, *, bind_host: str, secret: bytes) -> LinkAddress:
-        """Accept routers on a new listener and return its address."""
+        """Accept routers, and hosts that copy, on a new listener and return its address."""
+        self._check_named("listen")
         listener = listen(kind, bind_host=bind_host, secret=secret, identity=self.host_id)
         self._listeners.append(listener)
         self._start(self._accept, listener)
         return listener.address
 
     def attach(self, link: Link) -> None:
-        """Serve a link made elsewhere (local mode, tests) in a thread of its own."""
+        """Serve a link made elsewhere (tests) in a thread of its own."""
+        self._check_named("serve")
         with self._lock:
             self._links.add(link)
         self._start(self._serve, link)
 
     def inline_link(self, router: str) -> InlineLink:
         """The router's end of a new link within this process; its waits run this host's work in the router's thread."""
+        self._check_named("serve")
         router_end, host_end = InlineLink.pair(router, self.host_id)
 
         def answer() -> None:
@@ -142,34 +205,41 @@ class ExpertHost:
         """
         header = MoeHeader.unpack(frame.header)
         try:
-            outputs = self._run(header, frame.tensors)
+            if header.kind is Kind.FETCH:
+                kind, answer = Kind.WEIGHTS, give(self._held.find, header.layer, frame.tensors)
+            else:
+                kind, answer = Kind.DONE, [self._run(header, frame.tensors)]
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
-            # The router must hear of it whatever went wrong, and the other routers must not suffer.
-            logger.exception("%s: layer %d failed", self.host_id, header.layer)
+            # Who asked must hear of it whatever went wrong, and the others must not suffer.
+            explains_itself = isinstance(error, ValueError)
             reason = f"{self.host_id}: layer {header.layer}: {type(error).__name__}: {error}"
+            logger.error("%s", reason, exc_info=not explains_itself)
             return MoeHeader(Kind.FAILED, header.layer, header.epoch, header.sequence, reason).pack(), []
-        return MoeHeader(Kind.DONE, header.layer, header.epoch, header.sequence).pack(), [outputs]
+        return MoeHeader(kind, header.layer, header.epoch, header.sequence).pack(), answer
 
     def _run(self, header: MoeHeader, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if header.kind is not Kind.WORK or len(tensors) != 2:
             raise ValueError(f"expected WORK with 2 tensors, got {header.kind.name} with {len(tensors)}")
-        epochs = self._epochs
-        if header.epoch not in epochs:
-            raise ValueError(f"placement epoch {header.epoch} is not served here; {list(epochs)} are")
+        experts = self._held.layer(header.epoch, header.layer)
         hidden_states, pairs = tensors
         if hidden_states.dim() != 2 or pairs.dim() != 2 or pairs.shape[0] != 2 or pairs.dtype != torch.int32:
             shapes = f"{list(hidden_states.shape)} and {list(pairs.shape)} {pairs.dtype}"
             raise ValueError(f"expected [T, H] and [2, P] torch.int32, got {shapes}")
         device = self.compute.device
         if device.type == "cuda" and not pairs.is_cuda:
-            _check_pairs(pairs, hidden_states.shape[0])  # on the GPU nobody will
+            check_pairs(pairs, hidden_states.shape[0])  # on the GPU nobody will
         with self._one_at_a_time, torch.inference_mode():
             rows, slots = pairs.to(device).unbind()
-            return grouped_mlp(hidden_states.to(device), rows, slots, epochs[header.epoch].layers[header.layer])
+            hidden_states = hidden_states.to(device)
+            with self._busy.measured():
+                outputs = grouped_mlp(hidden_states, rows, slots, experts)
+            self._pairs += rows.shape[0]
+            return outputs
 
     def stop(self) -> None:
-        """Stop listening, drop every link and wait for the threads. Idempotent."""
+        """Stop listening, drop every link and wait for the threads; loads end with an error. Idempotent."""
         self._stopping.set()
+        self._held.end_loads("its host stops")
         for listener in self._listeners:
             listener.close()
         with self._lock:
@@ -186,6 +256,10 @@ class ExpertHost:
     def pid(self) -> int:
         """Process this host lives in."""
         return os.getpid()
+
+    def _check_named(self, what: str) -> None:
+        if not self.host_id:
+            raise ClusterError(f"a host that stands by cannot {what}: have it become one first")
 
     def _start(self, target: object, argument: object) -> None:
         assert callable(target)

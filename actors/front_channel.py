@@ -1,16 +1,17 @@
 """Messages between a front and a router over a socket: msgpack, length first. Nothing from the network is unpickled.
 
-front -> router   generate id prompt generated sampling | cancel id | stats n
-router -> front   accepted id | refused id kind message ... | outputs [...]  once a step | stats n {...} | ending reason
+front -> router   generate id prompt generated sampling | cancel id | stats n | alive
+router -> front   accepted id | refused id kind message ... | outputs [...]  once a step | stats n {...} | ending reason | alive
 
 `accepted` may come after the first outputs of its request: two threads of the router send them. `ending` says that the
-router fails or stops as a whole; it is the last that it says of any request.
+router fails or stops as a whole; it is the last that it says of any request. `alive` says nothing but that.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from ..configs.errors import (
     RouterLostError,
 )
 from ..model.sampling import SamplingParams
+from .heartbeat import Heartbeat
 from .messages import GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
 
 CHANNEL: Final = "front"
@@ -33,6 +35,14 @@ CHANNEL: Final = "front"
 LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """A prompt of R1's whole context is 0.7 MB; whatever claims to be longer than this is not one of ours."""
+
+OF_ROUTERS: Final = Heartbeat(every_s=0.5, silent_after_s=2.5)
+"""A router's beats come from a thread that waits for nothing else, however long a step takes. Five in a row are missed only
+where the process is stopped or the network gone; a stream stands still for as long before it goes on elsewhere."""
+
+OF_FRONTS: Final = Heartbeat(every_s=0.5, silent_after_s=3.0)
+"""A front's beats come from its event loop, which a burst of requests may keep busy for a second or two: that alone must not
+cut it off, and a silence may have begun half a second before."""
 
 
 def encode(message: list[Any]) -> bytes:
@@ -51,6 +61,34 @@ def decode(body: bytes) -> list[Any]:
     if not isinstance(message, list) or not message or not isinstance(message[0], str):
         raise ValueError("not a message: must be a list that begins with its kind")
     return message
+
+
+ALIVE: Final = encode(["alive"])
+
+
+class MessageBuffer:
+    """Makes messages of the pieces that a stream arrives in."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[list[Any]]:
+        """The messages that are complete with `data`.
+
+        Raises (from the iteration):
+            ValueError: what arrived is not a message.
+        """
+        self._data += data
+        while len(self._data) >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(self._data)
+            if length > MAX_MESSAGE_BYTES:
+                raise ValueError(f"a message of {length} bytes exceeds {MAX_MESSAGE_BYTES}")
+            end = LENGTH.size + length
+            if len(self._data) < end:
+                return
+            body = bytes(self._data[LENGTH.size : end])
+            del self._data[:end]
+            yield decode(body)
 
 
 def generate_message(request: GenerateRequest) -> list[Any]:

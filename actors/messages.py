@@ -66,6 +66,10 @@ class RouterStats:
     Attributes:
         pages_*: KV pages; free + cached + in use == total at all times.
         unreachable_experts: (layer, expert) pairs with no reachable replica; 0 when healthy.
+        resent_shares: work that was sent to another replica because its host was lost.
+        hedged_shares: work that was sent to another replica because its host was late; either answer is taken.
+        fenced_hosts: hosts that were cut off because they stayed silent.
+        late_hosts: hosts that owe an answer for longer than is usual for them, now.
     """
 
     router_id: str
@@ -84,33 +88,73 @@ class RouterStats:
     requests_cancelled: int = 0
     requests_failed: int = 0
     unreachable_experts: int = 0
+    resent_shares: int = 0
+    hedged_shares: int = 0
+    fenced_hosts: int = 0
+    late_hosts: list[str] = field(default_factory=list)
     broken_links: list[str] = field(default_factory=list)
 
 
 Health = Literal["starting", "ok", "degraded", "unavailable"]
 
 
+ProcessState = Literal["starting", "ready", "stuck", "leaving", "standby", "dead"]
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessStatus:
-    """One expert host or router, as `moray status` lists it.
+    """One expert host or router, or the controller, as `moray status` lists it.
 
     Attributes:
+        state: `stuck` does not answer, though it has not ended; `leaving` takes no new work; `standby` is warm and waits to
+            become an expert host.
+        actor: name of its Ray actor.
         data_bytes_read, header_bytes_read: from the checkpoint: of tensors, and of headers and index to find them.
+        data_bytes_copied: of tensors that came from other hosts instead, as many as reading them would have been.
     """
 
     id: str
-    role: Literal["expert_host", "router"]
+    role: Literal["expert_host", "router", "controller"]
     pid: int
     node: str
-    state: Literal["starting", "ready", "dead"]
+    state: ProcessState
     detail: str = ""
+    actor: str = ""
     data_bytes_read: int = 0
     header_bytes_read: int = 0
+    data_bytes_copied: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to the cluster; the log has the same as one line.
+
+    Attributes:
+        at: seconds since the Unix epoch, when it was over.
+        what: kind, e.g. `restored` or `changed`.
+        subject: the process it is about, or the placement epoch.
+        seconds: how long it took; 0 where it took no time.
+        detail: the rest, for people.
+    """
+
+    at: float
+    what: str
+    subject: str
+    seconds: float = 0.0
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """The cluster at one moment: the placement table's epoch, its health and its processes."""
+    """The cluster at one moment.
+
+    Attributes:
+        epoch: of the placement table.
+        min_replicas: copies of each expert that the deployment asks for.
+        missing_replicas: (layer, expert) pairs that have fewer live replicas than that.
+        balance: mean over maximum of the hosts' measured loads, averaged over layers; 1 where none was measured.
+        events: the last ones, oldest first.
+    """
 
     model: str
     epoch: int
@@ -118,3 +162,7 @@ class ClusterStatus:
     reason: str
     processes: list[ProcessStatus]
     routers: list[RouterStats]
+    min_replicas: int = 1
+    missing_replicas: int = 0
+    balance: float = 1.0
+    events: list[Event] = field(default_factory=list)

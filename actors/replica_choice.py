@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+
+from .routes import IntArray
 
 _SWEEPS = 2
 """Times each expert's pairs are shared out. A second time lets the first experts react to the last; a third won nothing on
@@ -18,40 +19,44 @@ Zipf loads at 32 hosts."""
 
 
 def choose_replicas(
-    topk_ids: torch.Tensor, hosts: torch.Tensor, count: torch.Tensor, *, speed: Sequence[float] | None = None
-) -> torch.Tensor:
+    experts: IntArray,
+    hosts: IntArray,
+    count: IntArray,
+    *,
+    load: IntArray | None = None,
+    speed: Sequence[float] | None = None,
+) -> IntArray:
     """Choose a replica for every pair so that the hosts' pairs, over their speed, come out as even as can be.
 
     Experts with one replica are what they are. The others follow, those with the fewest replicas first, each poured over its
-    hosts to one level. Within an expert the tokens go to its replicas in runs, in the order of rows.
+    hosts to one level. Within an expert the pairs go to its replicas in runs, in the order they have here.
 
     Args:
-        topk_ids: [T, K] experts of each token, on the CPU.
+        experts: [P] expert of each pair.
         hosts: [R, E] index of the host of each replica of each expert; entries from `count` on are not looked at.
-        count: [E] replicas of each expert that can be reached, at least 1.
+        count: [E] replicas of each expert that can be reached, at least 1 for each expert that has a pair.
+        load: [E] pairs of each expert, where it is known already.
         speed: relative speed of each host; equal by default.
 
     Returns:
-        [T, K] int64 numbers of replicas: `hosts[choice, topk_ids]` are the hosts.
+        [P] numbers of replicas: `hosts[choice, experts]` are the hosts.
     """
-    assert topk_ids.dim() == 2, list(topk_ids.shape)
-    assert hosts.shape[1:] == count.shape, (list(hosts.shape), list(count.shape))
-    ids, table, replicas = topk_ids.flatten().numpy(), hosts.numpy(), count.numpy()
-    pairs = np.bincount(ids, minlength=len(replicas))
-    choice = np.zeros(len(ids), dtype=np.int64)
-    several = np.flatnonzero((replicas > 1) & (pairs > 0))
+    assert hosts.shape[1:] == count.shape, (hosts.shape, count.shape)
+    pairs = np.bincount(experts, minlength=len(count)) if load is None else load
+    choice = np.zeros(len(experts), dtype=np.int64)
+    several = np.flatnonzero((count > 1) & (pairs > 0))
     if len(several):
-        quotas = _quotas(pairs, table, replicas, several, speed)
-        free = np.flatnonzero((replicas > 1)[ids])
+        quotas = _quotas(pairs, hosts, count, several, speed)
+        free = np.flatnonzero((count > 1)[experts])
         # A stable sort by expert puts each expert's pairs in the order of rows, as the quotas are.
-        order = free[np.argsort(ids[free], kind="stable")]
+        order = free[np.argsort(experts[free], kind="stable")]
         numbers = [number for quota in quotas for number in range(len(quota))]
         choice[order] = np.repeat(numbers, [share for quota in quotas for share in quota])
-    return torch.from_numpy(choice).view(topk_ids.shape)
+    return choice
 
 
 def _quotas(
-    pairs: np.ndarray, hosts: np.ndarray, count: np.ndarray, several: np.ndarray, speed: Sequence[float] | None
+    pairs: IntArray, hosts: IntArray, count: IntArray, several: IntArray, speed: Sequence[float] | None
 ) -> list[list[int]]:
     """How many of its pairs [E] each replica of the experts in `several` takes."""
     single = np.flatnonzero((count == 1) & (pairs > 0))

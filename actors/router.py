@@ -11,25 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-from ..configs.errors import (
-    ContextTooLongError,
-    ExpertsUnavailableError,
-    QueueFullError,
-    RequestError,
-    RouterLostError,
-)
-from ..kernels.mla import Segment
-from ..kernels.sampling import NOT_FINITE, RowSampling, sample
+from ..configs.errors import ExpertsUnavailableError, QueueFullError, RequestError, RouterLostError
+from ..kernels.sampling import NOT_FINITE
 from ..model.compute import Compute
 from ..model.config import ModelConfig
 from ..model.pages import PagePool
-from ..model.transformer import ForwardBatch, Transformer
+from ..model.transformer import Transformer
 from ..model.weights import RouterWeights
 from .expert_dispatch import ExpertDispatch
 from .links.base import Link
-from .messages import FinishReason, GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
+from .messages import FinishReason, GenerateRequest, RouterStats, TokenOutput
 from .placement_table import PlacementTable
+from .request_checks import check_request
 from .scheduler import Chunk, Scheduler, Sequence
+from .step_tensors import chosen_tokens, finish_reason, forward_batch
 
 logger = logging.getLogger("moray.router")
 
@@ -37,7 +32,7 @@ Sink = Callable[[list[TokenOutput]], None]
 """Where a front's outputs go: called once a step with everything the step produced for that front."""
 
 _IDLE_CHECK_S = 0.2
-"""How often an idle router looks whether its expert hosts still live."""
+"""How often an idle router looks whether its expert hosts still live, and late ones have answered."""
 
 _RETRY_PAUSE_S = 0.02
 """Pause between attempts at a step while experts are missing: far below what a restore takes."""
@@ -117,7 +112,7 @@ class Router:
             QueueFullError, ContextTooLongError, RequestError: it cannot be taken; nothing will reach the sink.
             RouterLostError: the router has stopped.
         """
-        self._validate(request)
+        check_request(request, vocab_size=self.config.vocab_size, max_context=self.settings.max_context)
         with self._wake:
             if self._closed is not None:
                 raise RouterLostError(self._closed)
@@ -144,6 +139,13 @@ class Router:
         with self._wake:
             self._new_links.append((host, link))
             self._wake.notify()
+
+    @property
+    def unlinked(self) -> list[str]:
+        """Hosts of the placement that there is no link to, and none on its way through `set_link`."""
+        with self._wake:
+            coming = {host for host, _ in self._new_links}
+        return [host for host in self.dispatch.unlinked if host not in coming]
 
     def adopt(self, table: PlacementTable, links: Mapping[str, Link]) -> threading.Event:
         """Use another placement from the next step on, with `links` to its new hosts; the event is set once it is in use."""
@@ -193,6 +195,10 @@ class Router:
             requests_cancelled=counts["cancelled"],
             requests_failed=counts["failed"],
             unreachable_experts=self.dispatch.missing,
+            resent_shares=self.dispatch.resent_shares,
+            hedged_shares=self.dispatch.hedged_shares,
+            fenced_hosts=self.dispatch.fenced_hosts,
+            late_hosts=self.dispatch.late_hosts,
             broken_links=list(self.dispatch.broken.values()),
         )
 
@@ -225,7 +231,7 @@ class Router:
             self._missing_since = None
             return False
         try:
-            logits = self.model.forward(_forward_batch(chunks))
+            logits = self.model.forward(forward_batch(chunks))
         except ExpertsUnavailableError as error:
             self._experts_missing(error)
             return True
@@ -271,16 +277,12 @@ class Router:
         self._waiting_hint = len(self.scheduler.waiting)
 
     def _postprocess(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        tokens = iter(sample(logits, [_row_sampling(s) for s in sampling])) if sampling else iter(())
-        logprobs = iter(_logprobs(logits, sampling))
         outputs: dict[Sink, list[TokenOutput]] = {}
-        for chunk in chunks:
+        for chunk, (token, describe) in zip(chunks, chosen_tokens(chunks, logits), strict=True):
             sequence = chunk.sequence
             request = sequence.request
             prompt_left = len(request.prompt_token_ids) - chunk.start
             self._counts["prompt"] += max(0, min(chunk.length, prompt_left))
-            token, describe = (next(tokens), next(logprobs)) if chunk.samples else (None, None)
             if token == NOT_FINITE:
                 self._finish(
                     request.request_id, "error", "the model's logits for this request hold a NaN or an infinity"
@@ -290,7 +292,7 @@ class Router:
             if token is None:
                 continue
             self._counts["generated"] += 1
-            reason = _finish_reason(sequence, token, self.settings.max_context)
+            reason = finish_reason(sequence, token, self.settings.max_context)
             _, sink = self._sequences[request.request_id]
             outputs.setdefault(sink, []).append(
                 TokenOutput(
@@ -347,66 +349,3 @@ class Router:
         self._take_in()
         for request_id in list(self._sequences):
             self._finish(request_id, "error", error)
-
-    def _validate(self, request: GenerateRequest) -> None:
-        prompt, wanted = len(request.prompt_token_ids), request.sampling.max_tokens
-        if not prompt:
-            raise RequestError("the prompt has no tokens", param="prompt")
-        size = self.config.vocab_size
-        generated = request.generated_token_ids
-        for param, tokens in (("prompt", request.prompt_token_ids), ("generated_token_ids", generated)):
-            bad = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < size), None)
-            if bad is not None:
-                raise RequestError(f"token id {bad!r} is not one of the vocabulary of {size}", param=param)
-        request.sampling.check()
-        if len(generated) >= wanted or not set(request.sampling.stop_token_ids).isdisjoint(generated):
-            raise RequestError(
-                f"the {len(generated)} tokens of the answer so far reach max_tokens = {wanted} or hold a stop token: "
-                "there is nothing to go on with",
-                param="generated_token_ids",
-            )
-        if prompt + wanted > self.settings.max_context:
-            raise ContextTooLongError(
-                f"{prompt} prompt tokens and max_tokens = {wanted} need {prompt + wanted}, "
-                f"the context is {self.settings.max_context} tokens",
-                param="max_tokens",
-            )
-
-
-def _forward_batch(chunks: list[Chunk]) -> ForwardBatch:
-    token_ids: list[int] = []
-    segments, sample_rows = [], []
-    for chunk in chunks:
-        segments.append(Segment(len(token_ids), chunk.length, chunk.start, chunk.sequence.pages))
-        token_ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.length]
-        if chunk.samples:
-            sample_rows.append(len(token_ids) - 1)
-    return ForwardBatch(token_ids, segments, sample_rows)
-
-
-def _row_sampling(sequence: Sequence) -> RowSampling:
-    s = sequence.request.sampling
-    return RowSampling(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, len(sequence.tokens))
-
-
-def _finish_reason(sequence: Sequence, token: int, max_context: int) -> FinishReason | None:
-    sampling = sequence.request.sampling
-    if token in sampling.stop_token_ids:
-        return "stop"
-    if sequence.generated >= sampling.max_tokens or len(sequence.tokens) >= max_context:
-        return "length"
-    return None
-
-
-def _logprobs(logits: torch.Tensor, sequences: list[Sequence]) -> list[Callable[[int], TokenLogprobs] | None]:
-    """For each row that asked for log-probabilities, what describes the token that is chosen there."""
-
-    def describer(row: torch.Tensor, count: int) -> Callable[[int], TokenLogprobs]:
-        distribution = row.log_softmax(-1)
-        top = distribution.topk(min(count, row.shape[0]))
-        return lambda token: TokenLogprobs(float(distribution[token]), top.indices.tolist(), top.values.tolist())
-
-    return [
-        None if s.request.sampling.logprobs is None else describer(logits[i], s.request.sampling.logprobs)
-        for i, s in enumerate(sequences)
-    ]

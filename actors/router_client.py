@@ -9,26 +9,30 @@ an id of its own and what is still said of an earlier one finds nobody.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import logging
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import replace
 
 from ..configs.errors import MorayError, QueueFullError, RouterLostError
+from . import front_channel
 from .deadline import Deadline
 from .engine_client import EngineClient
-from .messages import ClusterStatus, GenerateRequest, Health, RouterStats, TokenOutput
-from .router_connection import RouterConnection, RouterStream
+from .front.health import judged
+from .heartbeat import Heartbeat
+from .messages import ClusterStatus, GenerateRequest, TokenOutput
+from .router_connection import RouterStream
+from .router_pool import REFRESH_S, Directory, RouterPool
 
-logger = logging.getLogger("moray.front")
-
-_CONNECT_TIMEOUT_S = 10.0
-_RECONNECT_PAUSE_S = 0.5
+_DESCRIBE_TIMEOUT_S = 1.5
+"""How long the controller is waited for; below the deadline of /health, which says so instead of giving up."""
 
 _MAX_DEATHS = 5
-"""A request under which more routers die than this is given up: it may be what kills them."""
+"""A request under which more routers in a row die than this is given up: it may be what kills them."""
+
+_PROVEN_TOKENS = 64
+"""A router that has given a request so many tokens is not lost because of it: what kills one comes back soon at the next, which
+begins where that one ended. Without this, long answers would not outlive a bad day."""
 
 _FULL_PAUSES_S = (0.05, 1.0)
 """First and longest pause between looks for room where every queue is full; each is twice the one before."""
@@ -46,30 +50,38 @@ class ClusterClient(EngineClient):
         secret: the cluster's; `directory` may set it anew, for a controller that was replaced brings a new one.
         front_id: this front's identity.
         restore_timeout_s: a request whose router was lost fails if no router can be reached for so long.
+        refresh_s, heartbeat: see `RouterPool`.
     """
 
     def __init__(
         self,
-        directory: Callable[[], Awaitable[Mapping[str, str]]],
+        directory: Directory,
         describe: Callable[[], Awaitable[ClusterStatus]],
         *,
         secret: bytes,
         front_id: str,
         restore_timeout_s: float,
+        refresh_s: float = REFRESH_S,
+        heartbeat: Heartbeat = front_channel.OF_ROUTERS,
     ) -> None:
-        self._directory = directory
         self._describe = describe
-        self.secret = secret
         self._front_id = front_id
         self._restore_timeout_s = restore_timeout_s
-        self._connections: dict[str, RouterConnection] = {}
-        self._complete = False
-        self._reconnecting: asyncio.Task[None] | None = None
-        self._connected = asyncio.Event()  # replaced each time: set once a router was connected, or none will be
+        self._pool = RouterPool(directory, secret=secret, front_id=front_id, refresh_s=refresh_s, heartbeat=heartbeat)
         self._closed = False
+        self._model = ""  # as the controller named it last
         self._resubmitted = 0
         self._homeless = 0  # requests that wait for a router
         self._crowded_out = 0  # and for room in a queue
+
+    @property
+    def secret(self) -> bytes:
+        """The cluster's secret, for connections that are still to be made."""
+        return self._pool.secret
+
+    @secret.setter
+    def secret(self, secret: bytes) -> None:
+        self._pool.secret = secret
 
     @property
     def resubmitted(self) -> int:
@@ -77,70 +89,13 @@ class ClusterClient(EngineClient):
         return self._resubmitted
 
     async def connect(self) -> None:
-        """Connect to the routers, and stay connected: one that was lost and restored is found again.
+        """Connect to the routers, and stay connected as they come, go and are restored.
 
         Raises:
             LinkError: none of them is there.
+            ClusterError: the controller does not say where they are.
         """
-        failures = await self._connect()
-        if failures and not self._alive():
-            raise failures[0]
-        self._reconnecting = asyncio.create_task(self._reconnect())
-
-    async def _connect(self) -> list[MorayError]:
-        """Connect to every router that is not connected; why some could not be."""
-        self._complete = False
-        addresses = await self._directory()
-        wanted = [router_id for router_id in addresses if not self._is_connected(router_id)]
-        # Side by side: one whose machine does not answer must not keep the front from the others.
-        opened = await asyncio.gather(*(self._open(name, addresses[name]) for name in wanted), return_exceptions=True)
-        for router_id in [name for name in self._connections if name not in addresses and not self._is_connected(name)]:
-            await self._connections.pop(router_id).aclose()
-        for error in opened:
-            if isinstance(error, BaseException) and not isinstance(error, MorayError):
-                raise error
-        failures = [error for error in opened if isinstance(error, MorayError)]
-        self._complete = not failures
-        return failures
-
-    async def _open(self, router_id: str, address: str) -> None:
-        connection = await RouterConnection.open(router_id, address, secret=self.secret, identity=self._front_id)
-        if self._is_connected(router_id):  # meanwhile, and it may have requests already
-            await connection.aclose()
-            return
-        before = self._connections.get(router_id)
-        self._connections[router_id] = connection
-        self._wake()
-        if before is not None:
-            await before.aclose()
-
-    async def _reconnect(self) -> None:
-        while True:
-            await asyncio.sleep(_RECONNECT_PAUSE_S)
-            if self._complete and all(map(self._is_connected, self._connections)):
-                continue
-            try:
-                async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                    for failure in await self._connect():
-                        logger.info("%s: not reconnected yet: %s", self._front_id, failure)
-            except (MorayError, TimeoutError) as error:
-                logger.info("%s: not reconnected yet: %r", self._front_id, error)
-            except Exception:
-                # Whatever it is must not end this loop: without it the front never finds a restored router.
-                logger.exception("%s: reconnecting failed", self._front_id)
-
-    def _is_connected(self, router_id: str) -> bool:
-        connection = self._connections.get(router_id)
-        return connection is not None and connection.lost is None
-
-    def _alive(self) -> list[RouterConnection]:
-        """Routers that can be asked, the one with the fewest requests in flight first."""
-        alive = [c for c in self._connections.values() if c.lost is None]
-        return sorted(alive, key=lambda c: (c.outstanding, c.router_id))
-
-    def _wake(self) -> None:
-        self._connected.set()
-        self._connected = asyncio.Event()
+        await self._pool.connect()
 
     # ---- one request --------------------------------------------------------------------------------------------------
 
@@ -150,6 +105,7 @@ class ClusterClient(EngineClient):
         name = f"{self._front_id}/{uuid.uuid4().hex}"
         attempts = (f"{name}/{number}" for number in itertools.count())
         so_far = [*request.generated_token_ids]
+        before = len(so_far)  # what the present router began with
         deaths = 0
         stream = await self._place(request, attempts, admitted=False)
         try:
@@ -160,11 +116,12 @@ class ClusterClient(EngineClient):
                         yield replace(output, request_id=request.request_id)
                     return
                 except RouterLostError as error:
-                    deaths += 1
+                    deaths = 1 if len(so_far) - before >= _PROVEN_TOKENS else deaths + 1
                     if deaths > _MAX_DEATHS:
                         raise RouterLostError(
                             f"{deaths} routers were lost while they answered this request; it is given up ({error})"
                         ) from error
+                before = len(so_far)
                 rest = replace(request, generated_token_ids=[*so_far])
                 moved = await self._place(rest, attempts, admitted=True)
                 self._resubmitted += 1
@@ -189,11 +146,13 @@ class ClusterClient(EngineClient):
         crowded_out = False
         try:
             while not self._closed:
-                alive = self._alive()
+                alive = self._pool.usable
                 if alive and self._crowded_out and not admitted:
                     raise QueueFullError("requests of a lost router are waiting for room", retry_after_s=1.0)
                 full: QueueFullError | None = None
                 for connection in alive:
+                    if connection.leaving:  # since it was listed
+                        continue
                     try:
                         return await connection.submit(replace(request, request_id=next(attempts)))
                     except QueueFullError as error:
@@ -219,57 +178,51 @@ class ClusterClient(EngineClient):
 
     async def _await_router(self, deadline: Deadline, *, admitted: bool) -> None:
         """Wait until a router is connected, if none is."""
-        if self._closed or self._alive():
+        if self._closed or self._pool.usable:
             return
-        lost = "; ".join(f"{c.router_id}: {c.lost}" for c in self._connections.values()) or "none connected"
+        absent = "; ".join(f"{name} {why}" for name, why in sorted(self._pool.absent.items())) or "none connected"
         if not admitted:
-            raise RouterLostError(f"no router can be reached: {lost}")
+            raise RouterLostError(f"no router can be reached: {absent}")
         self._homeless += 1
         try:
-            async with asyncio.timeout(deadline.remaining()):
-                await self._connected.wait()
-        except TimeoutError as error:
-            raise RouterLostError(
-                f"the router was lost, and none was restored within {self._restore_timeout_s:g} s: {lost}"
-            ) from error
+            if not await self._pool.wait(deadline):
+                raise RouterLostError(
+                    f"the router was lost, and none was restored within {self._restore_timeout_s:g} s: {absent}"
+                )
         finally:
             self._homeless -= 1
 
     # ---- the cluster --------------------------------------------------------------------------------------------------
 
     async def status(self) -> ClusterStatus:
-        """See `EngineClient.status`."""
-        asked = asyncio.gather(*(c.stats() for c in self._connections.values()), return_exceptions=True)
-        problems: list[str] = []
-        try:
-            status = await self._describe()
-        except MorayError as error:
-            problems.append(f"the controller does not answer: {error}")
-            status = ClusterStatus("", 0, "unavailable", "", [], [])
-        answers = await asked
-        routers = [answer for answer in answers if isinstance(answer, RouterStats)]
-        problems += [str(answer) for answer in answers if isinstance(answer, BaseException)]
+        """See `EngineClient.status`. The routers' word that every expert is reachable is enough to serve: a controller
+        that does not answer makes a cluster degraded, and is missed only once something else fails."""
+        (status, problems), (routers, absent) = await asyncio.gather(self._described(), self._pool.stats())
+        problems += absent
         if self._homeless:
             problems.append(f"{self._homeless} requests wait for a router to be restored")
-        if status.reason:
-            problems.append(status.reason)
-        for router in routers:
-            if router.unreachable_experts:
-                problems.append(
-                    f"{router.router_id}: {router.unreachable_experts} (layer, expert) pairs unreachable: "
-                    + "; ".join(router.broken_links)
-                )
-        serving = bool(routers) and not any(r.unreachable_experts for r in routers) and status.health != "unavailable"
-        health: Health = "unavailable" if not serving else "degraded" if problems else "ok"
-        return replace(status, routers=routers, health=health, reason="; ".join(problems))
+        if not routers:
+            problems.insert(0, "no router can be reached")
+            status = replace(status, health="unavailable")
+        return judged(replace(status, routers=routers), problems)
+
+    async def _described(self) -> tuple[ClusterStatus, list[str]]:
+        """What the controller says, and what is wrong with that."""
+        try:
+            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                status = await self._describe()
+        except TimeoutError:
+            problem = f"the controller does not answer within {_DESCRIBE_TIMEOUT_S:g} s"
+        except MorayError as error:
+            problem = f"the controller does not answer: {error}"
+        else:
+            self._model = status.model
+            if status.health == "starting":  # again: there are routers to be asked already
+                return replace(status, health="degraded"), ["the controller is starting"]
+            return status, []
+        return ClusterStatus(self._model, 0, "ok", "", [], []), [problem]
 
     async def aclose(self) -> None:
         """See `EngineClient.aclose`."""
         self._closed = True
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reconnecting
-        for connection in self._connections.values():
-            await connection.aclose()
-        self._wake()
+        await self._pool.aclose()

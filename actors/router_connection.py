@@ -14,46 +14,84 @@ from typing import Any
 from ..configs.errors import ClusterError, MorayError, PeerDiedError, RouterLostError
 from . import front_channel
 from .deadline import Deadline
+from .heartbeat import Heartbeat, Silence
 from .links.handshake import authenticate_async
+from .links.sockets import shut_down, split_endpoint
 from .messages import GenerateRequest, RouterStats, TokenOutput
 
 logger = logging.getLogger("moray.front")
 
-_CONNECT_TIMEOUT_S = 10.0
-_STATS_TIMEOUT_S = 2.0
+_OPEN_TIMEOUT_S = 3.0
+"""For connecting and the handshake, which take milliseconds: as long as routers give a front for it. A frozen router's kernel
+still takes connections, so that only the handshake's deadline tells."""
+
+_STATS_TIMEOUT_S = 1.5
+"""A thread of its own answers. Below the deadline of /health, so that it can still say which router does not."""
 
 _SUBMIT_TIMEOUT_S = 20.0
 """How long a router may take to say whether it takes a request. A thread of its own says so, however long steps take: a
-router that is silent for so long is frozen."""
+router that says that it lives, but not this, for so long has come to a halt inside."""
+
+_READ_BYTES = 256 << 10
 
 
 class RouterConnection:
-    """A connection to one router; make one with `open`. All methods run on one event loop."""
+    """A connection to one router; make one with `open`. All methods run on one event loop.
 
-    def __init__(self, router_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    Attributes:
+        leaving: the router is about to end, or has another address now: it is sent nothing new.
+    """
+
+    def __init__(
+        self,
+        router_id: str,
+        address: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        heartbeat: Heartbeat,
+    ) -> None:
         self.router_id = router_id
+        self.address = address
+        self.leaving = False
+        self.loss: RouterLoss | None = None
         self._reader = reader
         self._writer = writer
+        self._silence = Silence(heartbeat)
         self._streams: dict[str, RouterStream] = {}
         self._stats: dict[int, asyncio.Future[RouterStats]] = {}
         self._numbers = itertools.count()
-        self.loss: RouterLoss | None = None
-        self._task = asyncio.create_task(self._read())
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._beat())]
 
     @classmethod
-    async def open(cls, router_id: str, address: str, *, secret: bytes, identity: str) -> RouterConnection:
+    async def open(
+        cls,
+        router_id: str,
+        address: str,
+        *,
+        secret: bytes,
+        identity: str,
+        heartbeat: Heartbeat = front_channel.OF_ROUTERS,
+        timeout_s: float = _OPEN_TIMEOUT_S,
+    ) -> RouterConnection:
         """Connect and authenticate.
 
+        Args:
+            identity: this front's.
+            heartbeat: how often the router is told that this front lives, and how long it may be silent.
+
         Raises:
-            LinkError: the router is not there, or not ours.
+            LinkError: the router is not there, does not answer within `timeout_s`, or is not ours.
         """
-        host, _, port = address.rpartition(":")
-        deadline = Deadline.after(_CONNECT_TIMEOUT_S)
+        host, port = split_endpoint(address)
+        deadline = Deadline.after(timeout_s)
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            sock = await asyncio.to_thread(socket.create_connection, (host, int(port)), _CONNECT_TIMEOUT_S)
-        except OSError as error:
-            raise PeerDiedError(router_id, f"cannot connect to {address} ({error})") from error
-        try:
+            sock.setblocking(False)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.get_running_loop().sock_connect(sock, (host, port))
+            except OSError as error:  # a TimeoutError is one
+                raise PeerDiedError(router_id, f"cannot connect to {address} ({error!r})") from error
             await authenticate_async(
                 sock,
                 secret=secret,
@@ -66,9 +104,10 @@ class RouterConnection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             reader, writer = await asyncio.open_connection(sock=sock)
         except BaseException:
+            shut_down(sock)  # wakes the handshake's thread where this was cancelled
             sock.close()
             raise
-        return cls(router_id, reader, writer)
+        return cls(router_id, address, reader, writer, heartbeat)
 
     @property
     def lost(self) -> str | None:
@@ -121,7 +160,7 @@ class RouterConnection:
                 await self._send(["stats", number])
                 return await answer
         except OSError as error:
-            raise ClusterError(f"{self.router_id} does not answer within {_STATS_TIMEOUT_S} s: {error!r}") from error
+            raise ClusterError(f"{self.router_id} does not answer within {_STATS_TIMEOUT_S:g} s ({error!r})") from error
         finally:
             self._stats.pop(number, None)
 
@@ -146,10 +185,13 @@ class RouterConnection:
             self.loss = RouterLoss(self.router_id, "closed", None)
             for stream in self._streams.values():
                 stream.fail(RouterLostError(f"the connection to {self.router_id} was closed while it answered"))
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        self._writer.close()
+        self._writer.transport.abort()  # not `close`, which waits until a router that may be frozen has taken everything
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+        for task in self._tasks:
+            if not task.cancelled():
+                task.result()  # what went wrong in there must not go unseen
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
@@ -165,16 +207,28 @@ class RouterConnection:
         await self._writer.drain()
 
     async def _read(self) -> None:
+        arriving = front_channel.MessageBuffer()
         try:
-            while self.loss is None:
-                (length,) = front_channel.LENGTH.unpack(await self._reader.readexactly(front_channel.LENGTH.size))
-                if length > front_channel.MAX_MESSAGE_BYTES:
-                    raise ValueError(f"a message of {length} bytes exceeds {front_channel.MAX_MESSAGE_BYTES}")
-                self._take(front_channel.decode(await self._reader.readexactly(length)))
-        except (OSError, EOFError) as error:
+            while data := await self._reader.read(_READ_BYTES):
+                self._silence.heard()
+                for message in arriving.feed(data):
+                    if self.loss is not None:
+                        return
+                    self._take(message)
+            self.lose("connection lost (the router closed it)")
+        except OSError as error:
             self.lose(f"connection lost ({error})")
         except (ValueError, TypeError, LookupError) as error:
             self.lose(f"bad message ({error!r})")
+
+    async def _beat(self) -> None:
+        while self.loss is None:
+            # Where the loop was held up, what arrived meanwhile is read before this goes on: its callbacks come first.
+            await asyncio.sleep(self._silence.next_look_s)
+            if self._silence.too_long():
+                self.lose(f"heard nothing for {self._silence.seconds:.1f} s")
+            elif self.loss is None:
+                self._writer.write(front_channel.ALIVE)
 
     def _take(self, message: list[Any]) -> None:
         kind = message[0]
@@ -193,6 +247,8 @@ class RouterConnection:
                 stream.fail(front_channel.refusal_from(message))
         elif kind == "ending":
             self.lose(str(message[1]))
+        elif kind == "alive":
+            pass  # that it arrived is all there is to it
         elif kind == "stats":
             answer = self._stats.get(message[1])
             if answer is not None and not answer.done():

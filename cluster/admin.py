@@ -1,4 +1,4 @@
-"""`moray scale`: changes a running cluster, through Ray: whoever can reach its Ray may."""
+"""`moray scale`, `rebalance` and `drain`: change a running cluster, through Ray: whoever can reach its Ray may."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..configs.errors import ClusterError, MorayError
+from .admin_text import done_text, plan_text
+from .changes import Change, Wanted
 from .load_progress import LoadingShown
 from .run_state import RunState
 
@@ -17,14 +19,15 @@ _CHANGE_TIMEOUT_S = 3600.0
 """As long as loading experts may take."""
 
 _ASK_TIMEOUT_S = 10.0
+"""For a plan, or how far a change is; a plan for the largest model takes about a second."""
 
 
-def scale(address: str | None, *, experts: int, dry_run: bool, as_json: bool) -> int:
-    """Go to another number of expert hosts; the plan is printed first, then what was done.
+def change(address: str | None, wanted: Wanted, *, dry_run: bool, as_json: bool) -> int:
+    """Have a running cluster changed; the plan is printed first, then what was done.
 
     Args:
         address: of the Ray cluster; None for that of the `moray serve` on this machine.
-        experts: how many hosts there should be.
+        wanted: what is asked for.
         dry_run: print the plan, change nothing.
         as_json: print what was done (or would be) as JSON, and nothing else.
 
@@ -32,33 +35,31 @@ def scale(address: str | None, *, experts: int, dry_run: bool, as_json: bool) ->
         MorayError: there is no such cluster, or it cannot be done; nothing has changed then.
     """
     with _controller(address or _own_address()) as controller:
-        plan = _ask(controller.scale_experts.remote(experts, True), _ASK_TIMEOUT_S)
-        if not as_json:
-            print(_described(plan))
-        if dry_run or not (plan.added or plan.removed):
-            if as_json:
-                print(json.dumps(asdict(plan), indent=2))
-            return 0
+        return change_with(controller, wanted, dry_run=dry_run, as_json=as_json)
 
-        def progress() -> tuple[int, int] | None:
-            found: tuple[int, int] | None = _ask(controller.change_progress.remote(), _ASK_TIMEOUT_S)
-            return found
 
-        with LoadingShown(progress):
-            done = _ask(controller.scale_experts.remote(experts, False), _CHANGE_TIMEOUT_S)
+def change_with(controller: Any, wanted: Wanted, *, dry_run: bool, as_json: bool) -> int:
+    """`change` through a handle to the controller's deployment."""
+    plan: Change = _ask(controller.change.remote(wanted, True), _ASK_TIMEOUT_S)
+    if not as_json:
+        print(plan_text(plan, wanted), flush=True)
+    # Copies that are asked for are from now on, also where nothing moves for them now.
+    if dry_run or (plan.empty and not wanted.replicas):
         if as_json:
-            print(json.dumps(asdict(done), indent=2))
-        else:
-            print(f"done: epoch {done.epoch} after {done.seconds:.1f} s; no request was stopped")
+            print(json.dumps(asdict(plan), indent=2))
+        return 0
+
+    def progress() -> tuple[int, int] | None:
+        try:
+            found: tuple[int, int] | None = _ask(controller.change_progress.remote(), _ASK_TIMEOUT_S)
+        except ClusterError:
+            return None  # only the display waits for it; what is wrong the change itself will say
+        return found
+
+    with LoadingShown(progress):
+        done: Change = _ask(controller.change.remote(wanted, False), _CHANGE_TIMEOUT_S)
+    print(json.dumps(asdict(done), indent=2) if as_json else done_text(done, plan))
     return 0
-
-
-def _described(plan: Any) -> str:
-    if not (plan.added or plan.removed):
-        return "nothing to do: there are as many expert hosts as that"
-    parts = [f"add {', '.join(plan.added)}"] if plan.added else []
-    parts += [f"remove {', '.join(plan.removed)}"] if plan.removed else []
-    return f"plan: {'; '.join(parts)}; move {plan.moved} of {plan.total} experts"
 
 
 def _own_address() -> str:
@@ -72,7 +73,7 @@ def _own_address() -> str:
         if record.ray_address:
             return record.ray_address
     if running:
-        raise ClusterError("the server on this machine runs in one process (`--local`), which cannot be scaled")
+        raise ClusterError("the server on this machine runs in one process (`--local`), which cannot be changed")
     raise ClusterError("no server runs on this machine: start one with `moray serve`, or give its Ray with --address")
 
 

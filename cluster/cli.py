@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import MorayError
+from .admin_cli import add_admin_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_status(commands)
     _add_chat(commands)
-    _add_scale(commands)
+    add_admin_commands(commands)
     _add_doctor(commands)
     return parser
 
@@ -94,19 +95,6 @@ def _add_chat(commands: Any) -> None:
     chat.add_argument("--temperature", type=float, help="0 always takes the most likely token")
     chat.add_argument("--max-tokens", type=int, help="most tokens of an answer")
     chat.set_defaults(run=_chat)
-
-
-def _add_scale(commands: Any) -> None:
-    scale = commands.add_parser(
-        "scale",
-        help="change the number of expert hosts while requests run",
-        description="Prints the plan, loads what moves beside what is served, and has routers change over between steps.",
-    )
-    scale.add_argument("--experts", type=int, required=True, metavar="N", help="expert hosts there should be")
-    scale.add_argument("--address", help="Ray's address (default: that of the `moray serve` on this machine)")
-    scale.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
-    scale.add_argument("--json", action="store_true", help="print JSON")
-    scale.set_defaults(run=_scale)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -172,12 +160,6 @@ def _chat(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         max_tokens=options.max_tokens,
     )
-
-
-def _scale(options: argparse.Namespace) -> int:
-    from .admin import scale
-
-    return scale(options.address, experts=options.experts, dry_run=options.dry_run, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -11,16 +11,15 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ..actors.front.settings import load_api_keys
 from ..configs.errors import ClusterError
 from .run_state import RunState
+from .status_text import print_status
 
 _TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 600.0
-_COLOURS = {"ok": "green", "ready": "green", "degraded": "yellow", "starting": "yellow"}
 
 
 def status(url: str | None, key_file: Path | None, *, as_json: bool) -> int:
@@ -34,7 +33,7 @@ def status(url: str | None, key_file: Path | None, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        _print_status(found, Console())
+        print_status(found, Console())
     return 0 if found["health"] == "ok" else 1
 
 
@@ -139,33 +138,3 @@ def _json(response: httpx.Response) -> Any:
             message = response.text[:200]
         raise ClusterError(f"{response.url}: {response.status_code}: {message}")
     return response.json()
-
-
-def _print_status(found: dict[str, Any], console: Console) -> None:
-    health = found["health"]
-    console.print(
-        Text.assemble(
-            f"{found['model']}  epoch {found['epoch']}  ",
-            (health, _COLOURS.get(health, "red")),
-            f"  {found['reason']}" if found["reason"] else "",
-        )
-    )
-    processes = Table("id", "role", "pid", "node", "state", "read", "detail", box=None, header_style="bold")
-    for p in found["processes"]:
-        state = Text(p["state"], style=_COLOURS.get(p["state"], "red"))
-        read = f"{(p['data_bytes_read'] + p['header_bytes_read']) / 1e6:,.1f} MB"
-        processes.add_row(p["id"], p["role"], str(p["pid"]), p["node"], state, read, p["detail"])
-    console.print(processes)
-    routers = Table("router", "running", "waiting", "pages free", "cached", "in use", "total", "tokens out", box=None)
-    for r in found["routers"]:
-        numbers = (
-            "running",
-            "waiting",
-            "pages_free",
-            "pages_cached",
-            "pages_in_use",
-            "pages_total",
-            "generated_tokens",
-        )
-        routers.add_row(r["router_id"], *(str(r[n]) for n in numbers))
-    console.print(routers)

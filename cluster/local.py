@@ -49,7 +49,10 @@ class LocalCluster:
         computing = compute(deployment, gpus=torch.cuda.device_count())
         torch.set_num_threads(deployment.routers.cpus)
         names = [host_name(i) for i in range(deployment.experts.hosts)]
-        self.table = next_placement(self.config, names, min_replicas=deployment.experts.min_replicas)
+        experts = deployment.experts
+        self.table = next_placement(
+            self.config, names, min_replicas=experts.min_replicas, spare_slots=experts.spare_slots
+        )
         self.hosts: list[ExpertHost] = []
         self._bytes_read: dict[str, BytesRead] = {}
         links = {}

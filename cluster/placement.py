@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ..actors.placement_table import PlacementTable
+from ..actors.placement_table import EMPTY, PlacementTable
 from ..configs.errors import ConfigError
 from ..model.config import ModelConfig
-from .placement_plan import HostSpec, plan_placement
+from .placement_plan import HostSpec, Move, PlacementPlan, plan_placement
+from .replica_counts import Floats
 
 
 def even_placement(config: ModelConfig, hosts: Sequence[str], *, epoch: int = 1) -> PlacementTable:
@@ -42,39 +44,132 @@ def even_placement(config: ModelConfig, hosts: Sequence[str], *, epoch: int = 1)
 
 
 def next_placement(
-    config: ModelConfig, hosts: Sequence[str], *, min_replicas: int = 1, current: PlacementTable | None = None
+    config: ModelConfig,
+    hosts: Sequence[str],
+    *,
+    min_replicas: int = 1,
+    spare_slots: int = 0,
+    current: PlacementTable | None = None,
 ) -> PlacementTable:
-    """The table for these hosts: every expert on `min_replicas` of them, their shares equal, as little moved as can be.
-
-    Args:
-        config: of the model.
-        hosts: those there will be. Hosts of `current` that are not among them hold nothing afterwards.
-        min_replicas: copies of each expert, on distinct hosts.
-        current: the table to start from, if any; the new one has the epoch after it.
+    """The table of `plan_next` for equal loads.
 
     Raises:
         ConfigError: so many hosts, or so few, cannot be used.
+    """
+    return plan_next(config, hosts, min_replicas=min_replicas, spare_slots=spare_slots, current=current).table
+
+
+def plan_next(
+    config: ModelConfig,
+    hosts: Sequence[str],
+    *,
+    min_replicas: int = 1,
+    spare_slots: int = 0,
+    load: Floats | None = None,
+    replicas: Mapping[tuple[int, int], int] | None = None,
+    nodes: Mapping[str, str] | None = None,
+    current: PlacementTable | None = None,
+    dead: Collection[str] = (),
+) -> PlacementPlan:
+    """The next placement on these hosts, and the way there: as little is moved as can be.
+
+    Every host gets an even share of slots in each layer, and `spare_slots` more, which are filled with copies of the experts
+    that most is asked of. Where these are too few for `replicas`, the shares of that layer grow by what is missing.
+
+    Args:
+        config: of the model.
+        hosts: those there will be, in an order that does not change from plan to plan. Hosts of `current` that are not among
+            them hold nothing afterwards, but are sources of what they hold now.
+        min_replicas: copies of each expert, on distinct hosts, and on distinct nodes as far as there are any.
+        spare_slots: slots of each host and layer beyond its share.
+        load: [L, E] measured load, in any unit; None for equal loads.
+        replicas: (model layer, expert) -> copies this one should have at least.
+        nodes: host -> its machine. With it, a group's experts are kept on one node where that costs nothing. A host that is
+            yet to be started is not named: it is taken to come to the one node there is, or, where there are several or
+            none is known, to one of its own. The first plan that knows better puts right what this got wrong.
+        current: the table to start from, if any; the new one has the epoch after it.
+        dead: hosts that nothing can be copied from. One that is among `hosts` as well is to come back: until then the others
+            make do with the slots that they have beside it.
+
+    Raises:
+        NotEnoughSlotsError: without the dead hosts, not every expert finds a slot.
+        ConfigError: so many hosts, or so few, cannot be used, or an entry of `replicas` cannot be.
     """
     if len(hosts) < min_replicas:
         raise ConfigError(
             f"experts.min_replicas = {min_replicas}: copies of an expert are on distinct hosts, and there are {len(hosts)}; "
             "use as many hosts or fewer replicas"
         )
-    if current is None and min_replicas == 1:
-        return even_placement(config, hosts)
-    even_placement(config, hosts)  # refuses what cannot be
-    share, larger = divmod(config.n_routed_experts * min_replicas, len(hosts))
+    even = even_placement(config, hosts)  # refuses what cannot be
+    nodes, replicas = nodes or {}, replicas or {}
+    known = set(nodes.values())
+    elsewhere = known.pop() if len(known) == 1 else ""
+    slots = _slots(config, len(hosts), min_replicas, spare_slots, replicas)
     specs = [
-        HostSpec(
-            host,
-            # As `even_placement`: each layer gives its larger shares to the hosts that are next in turn.
-            slots=tuple(
-                share + ((index + layer * larger) % len(hosts) < larger) for layer in range(len(config.moe_layers))
-            ),
-        )
+        HostSpec(host, slots[index], node=nodes.get(host, elsewhere), alive=host not in dead)
         for index, host in enumerate(hosts)
     ]
-    load = np.ones((len(config.moe_layers), config.n_routed_experts))
-    return plan_placement(
-        load, specs, first_layer=config.first_k_dense_replace, current=current, min_replicas=min_replicas
-    ).table
+    equal = np.ones((len(config.moe_layers), config.n_routed_experts))
+    first_layer = config.first_k_dense_replace
+    plain = load is None and min_replicas == 1 and spare_slots == 0 and not replicas and not dead
+    if current is None and plain:
+        kept = plan_placement(
+            equal, specs, first_layer=first_layer, current=replace(even, epoch=even.epoch - 1), min_gain=1.0
+        )
+        nowhere = (0.0,) * even.layers
+        return replace(kept, moves=_all_moves(kept.table), changed=True, balancedness_before=nowhere)
+    plan = plan_placement(
+        equal if load is None else load,
+        specs,
+        first_layer=first_layer,
+        current=current,
+        min_replicas=min_replicas,
+        replicas=replicas,
+        groups=config.n_group if nodes else 1,
+    )
+    leaving = [] if current is None else [host for host in current.slots if host not in hosts and host not in dead]
+    if not leaving:
+        return plan
+    assert current is not None
+    return replace(plan, moves=tuple(_with_sources(move, leaving, current, nodes) for move in plan.moves))
+
+
+def _slots(
+    config: ModelConfig, hosts: int, min_replicas: int, spare_slots: int, replicas: Mapping[tuple[int, int], int]
+) -> list[tuple[int, ...]]:
+    """For each host its slots in each layer. Like `even_placement`, a layer gives larger shares to those next in turn."""
+    experts = config.n_routed_experts
+    asked = dict.fromkeys(config.moe_layers, 0)
+    for (layer, _), count in replicas.items():
+        if layer in asked:  # what is not is refused with the rest
+            asked[layer] += max(0, min(count, hosts) - min_replicas)
+    shares = [divmod(experts * min_replicas + max(0, more - spare_slots * hosts), hosts) for more in asked.values()]
+    return [
+        tuple(
+            min(experts, share + ((index + layer * larger) % hosts < larger) + spare_slots)
+            for layer, (share, larger) in enumerate(shares)
+        )
+        for index in range(hosts)
+    ]
+
+
+def _all_moves(table: PlacementTable) -> tuple[Move, ...]:
+    """Every slot of `table`, from the disk."""
+    return tuple(
+        Move(table.first_layer + index, expert, (), host, slot)
+        for index in range(table.layers)
+        for host, layers in table.slots.items()
+        for slot, expert in enumerate(layers[index])
+        if expert != EMPTY
+    )
+
+
+def _with_sources(move: Move, leaving: Sequence[str], current: PlacementTable, nodes: Mapping[str, str]) -> Move:
+    """`move` with those of the `leaving` hosts that hold the expert among its sources."""
+    index = move.layer - current.first_layer
+    more = [host for host in leaving if move.expert in current.slots[host][index]]
+    if not more:
+        return move
+    node = nodes.get(move.host)
+    far_last = sorted((*move.sources, *more), key=lambda host: node is None or nodes.get(host) != node)
+    return replace(move, sources=tuple(far_last))

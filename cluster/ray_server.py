@@ -91,10 +91,10 @@ class RayServer:
                 else:
                     ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
             self._deploy()
-        except (ray.exceptions.RayError, RuntimeError, ConnectionError, ValueError) as error:
-            # What Ray and Serve raise when they cannot start, join or deploy.
-            if isinstance(error, MorayError):
-                raise
+        except MorayError:
+            raise
+        except Exception as error:
+            # Ray and Serve raise whatever comes when they cannot start, join or deploy; a bare Exception too.
             explained = start_error(f"{error}\n{self._accounts()}", logs=self.session)
             self._keep_logs = isinstance(explained, ClusterError)
             raise explained from error
@@ -114,7 +114,8 @@ class RayServer:
         served_model(deployment, config)
         front_settings(deployment, front_id="check", behind_proxy=True)
         names = [host_name(i) for i in range(deployment.experts.hosts)]
-        next_placement(config, names, min_replicas=deployment.experts.min_replicas)
+        experts = deployment.experts
+        next_placement(config, names, min_replicas=experts.min_replicas, spare_slots=experts.spare_slots)
 
     def _start_ray(self) -> None:
         import ray
@@ -124,7 +125,8 @@ class RayServer:
         # Ray's default of 15 is for batch jobs: a server would come after whatever else the machine does.
         os.environ.setdefault("RAY_worker_niceness", "0")
         experts, routers = self._deployment.experts, self._deployment.routers
-        wanted = max(experts.hosts, experts.max_hosts) * experts.cpus + routers.replicas * routers.cpus
+        hosts = max(experts.hosts, experts.max_hosts) + experts.standby
+        wanted = hosts * experts.cpus + max(routers.replicas, routers.max_replicas) * routers.cpus
         ray.init(
             address="local",
             num_cpus=max(wanted, os.cpu_count() or 1),

@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+from dataclasses import replace
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from ..actors.front.app import create_app
-from ..actors.messages import ClusterStatus
+from ..actors.messages import ClusterStatus, ProcessStatus
 from ..actors.router_client import ClusterClient
 from ..configs.deployment import Deployment
 from ..configs.errors import ClusterError, MorayError
 from ..model.config import ModelConfig
 from .assembly import checkpoint_path, front_settings, served_model
-from .controller import Change, Controller, Directory
+from .changes import Change, Wanted
+from .controller import Controller
+from .ledger import RayLedger
+from .registry import Directory
 from .spawning import Spawner
 
 _CONTROLLER_TIMEOUT_S = 3600.0
@@ -33,15 +40,20 @@ _UNLIMITED = 1_000_000
 
 
 class ControllerDeployment:
-    """The controller in a Serve replica. The processes it starts belong to it: they end when it does, whatever happens."""
+    """The controller in a Serve replica.
+
+    The processes it starts do not end with it: where the replica dies, Serve starts another one, which finds them and takes
+    them over; requests go on meanwhile. They end with the application.
+    """
 
     async def __init__(self, deployment: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         _configure_logging()
-        described = Deployment.from_dict(deployment)
-        self._spawner = Spawner()
-        self._controller = Controller(described, self._spawner)
+        self._application = serve.get_replica_context().app_name
+        self._controller = Controller(
+            Deployment.from_dict(deployment), Spawner(self._application), RayLedger(self._application)
+        )
         await asyncio.to_thread(self._controller.check)
-        self._spawner.prepare(described)
+        await asyncio.to_thread(self._controller.prepare)
         # Loading takes minutes for a large model, and can be watched meanwhile; whoever needs the cluster waits for it.
         self._starting = asyncio.create_task(asyncio.to_thread(self._controller.start))
 
@@ -55,8 +67,10 @@ class ControllerDeployment:
         return self._controller.directory()
 
     async def status(self) -> ClusterStatus:
-        """Every process and the table's epoch."""
-        return self._controller.status()
+        """Every process, health and events; the controller itself is one of the processes."""
+        status = self._controller.status()
+        own = ProcessStatus("controller", "controller", os.getpid(), ray.util.get_node_ip_address(), "ready")
+        return replace(status, processes=[*status.processes, own])
 
     async def load_progress(self) -> tuple[int, int]:
         """Bytes read so far, and in all; see `Controller.load_progress`."""
@@ -66,20 +80,29 @@ class ControllerDeployment:
         """See `Controller.change_progress`."""
         return await asyncio.to_thread(self._controller.change_progress)
 
-    async def scale_experts(self, hosts: int, dry_run: bool) -> Change:
-        """See `Controller.scale_experts`.
+    async def change(self, wanted: Wanted, dry_run: bool) -> Change:
+        """See `Controller.change`.
 
         Raises:
-            MorayError: it cannot be done; the placement is what it was.
+            MorayError: it cannot be done; the cluster is what it was.
         """
         await asyncio.shield(self._starting)
-        return await asyncio.to_thread(self._controller.scale_experts, hosts, dry_run=dry_run)
+        return await asyncio.to_thread(self._controller.change, wanted, dry_run=dry_run)
 
     async def __del__(self) -> None:
-        # Serve calls this when the replica goes; the processes would follow it anyway, but asked they end in order.
+        # Serve calls this when it ends the replica in order.
         with contextlib.suppress(AttributeError):
-            await asyncio.to_thread(self._controller.stop)
-            self._spawner.close()
+            ended = await asyncio.to_thread(_application_ends, self._application)
+            await asyncio.to_thread(self._controller.stop if ended else self._controller.leave)
+
+
+def _application_ends(name: str) -> bool:
+    """Whether the whole application goes, and not only this replica of it, which Serve would replace."""
+    try:
+        found = serve.status().applications.get(name)
+    except (RayError, RayServeException, RuntimeError):
+        return True  # Serve itself goes
+    return found is None or found.status in (ApplicationStatus.DELETING, ApplicationStatus.NOT_STARTED)
 
 
 class FrontDeployment:
@@ -144,6 +167,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         "max_ongoing_requests": _UNLIMITED,
         "graceful_shutdown_wait_loop_s": 0.1,
         "max_constructor_retry_count": 1,  # what was refused once will be again
+        # A replica that stands still is noticed and replaced: after three times that it did not answer in time.
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": 4.0,
     }
     controller = serve.deployment(name="controller", graceful_shutdown_timeout_s=30.0, **common)(ControllerDeployment)
     front = serve.deployment(

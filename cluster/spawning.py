@@ -1,237 +1,50 @@
-"""How processes come to be: the one place where plain actor classes become Ray actors."""
+"""How processes come to be: the one place where plain classes become Ray actors.
+
+Every process is a named, detached actor: it outlives the controller, and the next one finds it by its name.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
+import secrets
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import ray
-import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util import list_named_actors
 
-from ..actors.expert_host import ExpertHost
-from ..actors.links import LinkAddress, LinkKind
 from ..actors.placement_table import PlacementTable
 from ..actors.router import RouterSettings
-from ..actors.router_process import HostAddresses, RouterProcess
+from ..actors.router_process import HostAddresses
 from ..configs.deployment import Deployment, ExpertHosts, Routers
-from ..configs.errors import ClusterError, MorayError
+from ..configs.errors import ClusterError
 from ..model.compute import Compute
-from ..model.progress import CountingProgress
-from ..model.reader import BytesRead
-from .assembly import compute, host_name, router_name
+from .assembly import checkpoint_path, compute, host_name, router_name
+from .handles import ATTACH_TIMEOUT_S, ExpertHostHandle, RouterHandle, free_resources
+from .workers import ExpertHostWorker, RouterWorker, described_compute
 
 logger = logging.getLogger("moray.controller")
 
-T = TypeVar("T")
-
-SPAWN_TIMEOUT_S = 120.0
-"""For a process to come up: seconds on a free machine; on a cluster it may have to wait for a node."""
-
-LOAD_TIMEOUT_S = 3600.0
-"""For a host to read its experts: 654 GB over ten hosts from a slow shared disk take half an hour."""
-
-CALL_TIMEOUT_S = 30.0
-_STOP_TIMEOUT_S = 10.0
+_CALLS = 8
+"""Calls that a process may have in hand: its watch, a load, a report, a relink, and some to spare. Each is a thread."""
 
 
-def _get(reference: Any, *, what: str, timeout_s: float) -> Any:
-    """A Ray call's result; every failure becomes one of our errors."""
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, MorayError):
-            raise cause from None
-        raise ClusterError(f"{what}: {error}") from error
-    except GetTimeoutError as error:
-        raise ClusterError(f"{what}: no answer within {timeout_s:.0f} s{_shortage()}") from error
-    except RayError as error:
-        raise ClusterError(f"{what}: {error}") from error
-
-
-def _shortage() -> str:
-    """What the cluster has free, for the commonest reason that an actor does not start."""
-    total, free = ray.cluster_resources(), ray.available_resources()
-    return f"; CPUs free: {free.get('CPU', 0):g} of {total.get('CPU', 0):g}" + (
-        f", GPUs free: {free.get('GPU', 0):g} of {total['GPU']:g}" if "GPU" in total else ""
-    )
-
-
-class _Handle:
-    """An actor and the call that ends when it does."""
-
-    def __init__(self, name: str, actor: Any) -> None:
-        self.name = name
-        self.pid = 0
-        self.node = ""
-        self._actor = actor
-        self.ended = actor.wait_until_stopped.remote()
-
-    def bytes_loaded(self) -> int:
-        """Bytes of tensors it has read so far."""
-        done: int = self.call("bytes_loaded")
-        return done
-
-    def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
-        """Call a method and wait."""
-        reference = getattr(self._actor, method).remote(*args, **kwargs)
-        return _get(reference, what=f"{self.name}: {method}", timeout_s=timeout_s)
-
-    def stop(self) -> None:
-        """Ask, wait, kill."""
-        try:
-            ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S)
-        except RayActorError:
-            return  # dead already
-        except RayError as error:
-            logger.warning("event=kill process=%s reason=%s", self.name, error)
-        ray.kill(self._actor)
-
-
-class ExpertHostHandle(_Handle):
-    """An expert host in a process of its own."""
-
-    _loading: Any = None
-
-    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
-        """Have it listen for the kinds of link the deployment may use."""
-        self.pid, self.node = self.call("where", timeout_s=SPAWN_TIMEOUT_S)
-        addresses: list[LinkAddress] = self.call("listen_all", link, secret)
-        return addresses
-
-    def begin_load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> None:
-        """Start reading its experts."""
-        self._loading = self._actor.load_slots.remote(checkpoint, slots, epoch)
-
-    def finish_load(self) -> BytesRead:
-        """Wait until they are read."""
-        bytes_read: BytesRead = _get(self._loading, what=f"{self.name}: load", timeout_s=LOAD_TIMEOUT_S)
-        return bytes_read
-
-    def retire(self, epoch: int) -> None:
-        """Have it serve `epoch` alone."""
-        self.call("retire", epoch)
-
-
-class RouterHandle(_Handle):
-    """A router in a process of its own."""
-
-    bytes_read: BytesRead
-
-    def __init__(self, name: str, actor: Any, started: Any) -> None:
-        super().__init__(name, actor)
-        self._started = started
-
-    def finish_start(self) -> str:
-        """Wait until it serves; the address of its front channel."""
-        self.pid, self.node = self.call("where", timeout_s=SPAWN_TIMEOUT_S)
-        address: str
-        address, self.bytes_read = _get(self._started, what=f"{self.name}: start", timeout_s=LOAD_TIMEOUT_S)
-        return address
-
-    def relink(self, host_id: str, addresses: HostAddresses) -> None:
-        """Have it link to a restored host."""
-        self.call("relink", host_id, addresses)
-
-    def adopt(self, table: PlacementTable, hosts: Mapping[str, HostAddresses]) -> None:
-        """Have it change to another table."""
-        self.call("adopt", table, hosts)
-
-
-class ExpertHostActor(ExpertHost):
-    """`ExpertHost` with what only a Ray worker needs."""
-
-    def __init__(self, host_id: str, *, compute: Compute, threads: int) -> None:
-        _configure(threads)
-        super().__init__(host_id, compute=compute)
-        self._progress = CountingProgress()
-
-    def load_slots(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> BytesRead:
-        """See `ExpertHost.load`."""
-        return self.load(checkpoint, slots, epoch=epoch, progress=self._progress)
-
-    def bytes_loaded(self) -> int:
-        """Bytes of tensors read so far."""
-        return self._progress.done
-
-    def where(self) -> tuple[int, str]:
-        """Process id and node address."""
-        return self.pid, _node_ip()
-
-    def listen_all(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
-        """Listen for every kind the deployment's `link` may turn into on this node."""
-        kinds: list[LinkKind] = [link] if link != "auto" else ["shm", "gloo"]
-        if link == "auto" and self.compute.device.type == "cuda":
-            kinds.append("nccl")
-        return [self.listen(kind, bind_host=_node_ip(), secret=secret) for kind in kinds]
-
-    def wait_until_stopped(self) -> None:
-        """Return once `stop` was called; a caller waiting on it learns at once when the process dies."""
-        self._stopping.wait()
-
-
-class RouterActor:
-    """A Ray worker that becomes a router: the process can come up before the hosts it is to link to are known."""
-
-    def __init__(self, router_id: str, *, threads: int) -> None:
-        _configure(threads)
-        self._router_id = router_id
-        self._threads = threads
-        self._router: RouterProcess | None = None
-        self._progress = CountingProgress()
-        self._decided = threading.Event()  # it has become a router, or it will not
-
-    def where(self) -> tuple[int, str]:
-        """Process id and node address."""
-        return os.getpid(), _node_ip()
-
-    def start(self, **settings: Any) -> tuple[str, BytesRead]:
-        """Become the `RouterProcess` with these settings; the address of its front channel, and bytes read."""
-        router = RouterProcess(
-            self._router_id, bind_host=_node_ip(), threads=self._threads, progress=self._progress, **settings
-        )
-        self._router = router
-        self._decided.set()
-        return router.address, router.bytes_read
-
-    def bytes_loaded(self) -> int:
-        """Bytes of tensors read so far."""
-        return self._progress.done
-
-    def relink(self, host: str, addresses: HostAddresses) -> None:
-        """See `RouterProcess.relink`."""
-        assert self._router is not None, "started before anything else is asked"
-        self._router.relink(host, addresses)
-
-    def adopt(self, table: PlacementTable, hosts: Mapping[str, HostAddresses]) -> None:
-        """See `RouterProcess.adopt`."""
-        assert self._router is not None, "started before anything else is asked"
-        self._router.adopt(table, hosts)
-
-    def stop(self) -> None:
-        """Stop the router, if it has become one. Idempotent."""
-        if self._router is not None:
-            self._router.stop()
-        self._decided.set()
-
-    def wait_until_stopped(self) -> None:
-        """See `ExpertHostActor.wait_until_stopped`."""
-        self._decided.wait()
-        if self._router is not None:
-            self._router.stopped.wait()
+class NoRoomError(ClusterError):
+    """The Ray cluster has no room for another process."""
 
 
 class Spawner:
-    """Starts processes as Ray actors. `max_restarts` stays 0: a restartable actor hides its death for seconds."""
+    """Starts processes as Ray actors, finds those that run. `max_restarts` stays 0: a restartable actor hides its death.
 
-    def __init__(self) -> None:
-        self._prepared: dict[str, Any] = {}
+    Args:
+        namespace: Ray's, of all processes of one cluster and of nothing else.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._watcher = secrets.token_hex(4)
+        self._prepared: dict[str, ExpertHostHandle | tuple[str, Any]] = {}
 
     def prepare(self, deployment: Deployment) -> None:
         """Have the deployment's processes come up at once; `expert_host` and `router` then find them.
@@ -240,64 +53,130 @@ class Spawner:
         needs another for it.
         """
         for index in range(deployment.experts.hosts):
-            self._prepared[host_name(index)] = self._host_actor(host_name(index), deployment)
+            self._prepared[host_name(index)] = self._host(host_name(index), deployment, gently=False)
         for index in range(deployment.routers.replicas):
-            self._prepared[router_name(index)] = self._router_actor(router_name(index), deployment)
+            self._prepared[router_name(index)] = self._router_actor(router_name(index), deployment, gently=False)
 
-    def expert_host(self, host_id: str, deployment: Deployment) -> ExpertHostHandle:
-        """Start an empty expert host."""
-        actor = self._prepared.pop(host_id, None) or self._host_actor(host_id, deployment)
-        return ExpertHostHandle(host_id, actor)
+    def expert_host(self, host_id: str, deployment: Deployment, *, gently: bool = False) -> ExpertHostHandle:
+        """Start an empty expert host; `gently` beside processes that serve."""
+        prepared = self._prepared.pop(host_id, None)
+        handle = prepared if isinstance(prepared, ExpertHostHandle) else self._host(host_id, deployment, gently=gently)
+        handle.become(host_id)
+        return handle
+
+    def standby(self, deployment: Deployment) -> ExpertHostHandle:
+        """Start a process that can become any expert host."""
+        return self._host("standby", deployment, gently=True)
 
     def router(
         self,
         router_id: str,
         deployment: Deployment,
         *,
-        checkpoint: Path,
         settings: RouterSettings,
         table: PlacementTable,
         hosts: Mapping[str, HostAddresses],
         secret: bytes,
+        gently: bool = False,
     ) -> RouterHandle:
         """Start a router that links to `hosts`."""
-        actor = self._prepared.pop(router_id, None) or self._router_actor(router_id, deployment)
+        prepared = self._prepared.pop(router_id, None)
+        name, actor = (
+            prepared if isinstance(prepared, tuple) else self._router_actor(router_id, deployment, gently=gently)
+        )
         started = actor.start.remote(
-            checkpoint=checkpoint,
-            compute=self._compute(deployment),
+            described_compute(self._compute(deployment)),
+            checkpoint=checkpoint_path(deployment.model),
             settings=settings,
             table=table,
-            hosts=hosts,
+            hosts=dict(hosts),
             link=deployment.link,
             reply_timeout_s=deployment.experts.reply_timeout_s,
             secret=secret,
         )
-        return RouterHandle(router_id, actor, started)
+        return RouterHandle(name, actor, self._watcher, started)
 
-    def check_room(self, deployment: Deployment, *, hosts: int) -> None:
-        """Refuse to start `hosts` more expert hosts where the cluster has no room for them.
+    def attach_host(self, actor_name: str) -> ExpertHostHandle:
+        """An expert host, or a warm process, that another controller started.
 
         Raises:
-            ClusterError: says how much of what is missing.
+            ClusterError: it is not there, or does not answer.
         """
-        section, computing = deployment.experts, self._compute(deployment)
-        wanted = {"CPU": float(hosts * section.cpus)}
-        if computing.device.type == "cuda":
-            wanted["GPU"] = hosts * section.gpus
+        handle = ExpertHostHandle(actor_name, self._actor(actor_name), self._watcher)
+        handle.locate(ATTACH_TIMEOUT_S)
+        return handle
+
+    def attach_router(self, actor_name: str) -> RouterHandle:
+        """A router that another controller started.
+
+        Raises:
+            ClusterError: it is not there, or does not answer.
+        """
+        handle = RouterHandle(actor_name, self._actor(actor_name), self._watcher)
+        handle.locate(ATTACH_TIMEOUT_S)
+        return handle
+
+    def sweep(self, keep: set[str]) -> None:
+        """End every process of ours that is not among these actors: another controller began it and kept no record."""
+        prepared = {p.actor_name if isinstance(p, ExpertHostHandle) else p[0] for p in self._prepared.values()}
+        for named in list_named_actors(all_namespaces=True):
+            if named["namespace"] == self._namespace and named["name"] not in keep | prepared:
+                logger.warning("event=swept process=%s", named["name"])
+                try:
+                    ray.kill(ray.get_actor(named["name"], namespace=self._namespace))
+                except ValueError:
+                    continue  # it has ended
+
+    def check_room(
+        self, deployment: Deployment, *, hosts: int = 0, routers: int = 0, running: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Refuse to start so many more processes where the cluster has no room for them.
+
+        What is short is asked of Ray, whose autoscaler adds nodes where there is one.
+
+        Args:
+            deployment: whose processes.
+            hosts, routers: how many more.
+            running: how many there are of each.
+
+        Raises:
+            NoRoomError: says how much of what is missing.
+        """
+        on_gpu = self._compute(deployment).device.type == "cuda"
+        wanted = {"CPU": 0.0, "GPU": 0.0}
+        bundles: list[dict[str, float]] = []  # of all processes: Ray is asked for a size, not for more
+        described = []
+        for count, there, section, what in (
+            (hosts, running[0], deployment.experts, "expert host"),
+            (routers, running[1], deployment.routers, "router"),
+        ):
+            needs = _needs(section, on_gpu)
+            bundles += [needs] * (count + there)
+            for kind, amount in needs.items():
+                wanted[kind] += count * amount
+            if count:
+                each = " and ".join(f"{amount:g} {kind}" for kind, amount in needs.items())
+                described.append(f"{count} more {what}{'s' if count > 1 else ''} of {each} each")
         free = ray.available_resources()
         short = [
             f"{need - free.get(kind, 0):g} more {kind}s" for kind, need in wanted.items() if need > free.get(kind, 0)
         ]
         if short:
-            each = f"{section.cpus} CPU" + (f" and {section.gpus:g} GPU" if "GPU" in wanted else "")
-            raise ClusterError(
-                f"{hosts} more expert hosts of {each} each need {' and '.join(short)}{_shortage()}: add nodes"
+            _ask_ray_for(bundles)
+            raise NoRoomError(
+                f"{' and '.join(described)} need {' and '.join(short)}{free_resources()}: add nodes "
+                "(Ray was told; where its autoscaler runs, they come by themselves: then try again)"
             )
+        _ask_ray_for([])
 
     def close(self) -> None:
         """End processes that were prepared and never asked for."""
         while self._prepared:
-            ray.kill(self._prepared.popitem()[1])
+            _, prepared = self._prepared.popitem()
+            if isinstance(prepared, ExpertHostHandle):
+                prepared.kill()
+            else:
+                ray.kill(prepared[1])
 
     def wait_for_deaths(self, handles: Mapping[str, ExpertHostHandle | RouterHandle], *, timeout_s: float) -> list[str]:
         """Names of those that have ended, as soon as one has, or none after `timeout_s`."""
@@ -308,33 +187,63 @@ class Spawner:
         ended, _ = ray.wait(list(by_reference), num_returns=1, timeout=timeout_s, fetch_local=False)
         return [by_reference[reference] for reference in ended]
 
-    def _host_actor(self, host_id: str, deployment: Deployment) -> Any:
+    def _host(self, label: str, deployment: Deployment, *, gently: bool) -> ExpertHostHandle:
         section, computing = deployment.experts, self._compute(deployment)
-        actor = _remote(ExpertHostActor, section, computing)
-        return actor.remote(host_id, compute=computing, threads=section.cpus)
+        name, options = self._options(label, section, computing)
+        actor = (
+            ray.remote(ExpertHostWorker)
+            .options(**options)
+            .remote(
+                described_compute(computing),
+                threads=section.cpus,
+                lease_s=deployment.supervision.lease_s,
+                gently=gently,
+                model=checkpoint_path(deployment.model) if gently else None,
+            )
+        )
+        return ExpertHostHandle(name, actor, self._watcher)
 
-    def _router_actor(self, router_id: str, deployment: Deployment) -> Any:
+    def _router_actor(self, router_id: str, deployment: Deployment, *, gently: bool) -> tuple[str, Any]:
         section = deployment.routers
-        return _remote(RouterActor, section, self._compute(deployment)).remote(router_id, threads=section.cpus)
+        name, options = self._options(router_id, section, self._compute(deployment))
+        actor = (
+            ray.remote(RouterWorker)
+            .options(**options)
+            .remote(router_id, threads=section.cpus, lease_s=deployment.supervision.lease_s, gently=gently)
+        )
+        return name, actor
+
+    def _options(self, label: str, section: ExpertHosts | Routers, computing: Compute) -> tuple[str, dict[str, Any]]:
+        """A name of its own, and Ray's options, for one process."""
+        # One that is restored must not wait for Ray to forget the name of the one before.
+        name = f"{label}.{secrets.token_hex(3)}"
+        needs = _needs(section, computing.device.type == "cuda")
+        return name, {
+            "name": name,
+            "namespace": self._namespace,
+            "lifetime": "detached",
+            "num_cpus": needs["CPU"],
+            "num_gpus": needs.get("GPU", 0),
+            "max_restarts": 0,
+            "max_concurrency": _CALLS,
+        }
+
+    def _actor(self, name: str) -> Any:
+        try:
+            return ray.get_actor(name, namespace=self._namespace)
+        except ValueError as error:
+            raise ClusterError(f"{name}: there is no such process any more") from error
 
     @staticmethod
     def _compute(deployment: Deployment) -> Compute:
         return compute(deployment, gpus=ray.cluster_resources().get("GPU", 0))
 
 
-def _remote(actor_class: type, section: ExpertHosts | Routers, computing: Compute) -> Any:
-    gpus = section.gpus if computing.device.type == "cuda" else 0
-    # Three calls may be in progress beside `wait_until_stopped`: a load, how far it is, and a relink.
-    options = {"num_cpus": section.cpus, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": 4}
-    return ray.remote(actor_class).options(**options)
+def _needs(section: ExpertHosts | Routers, on_gpu: bool) -> dict[str, float]:
+    return {"CPU": float(section.cpus), **({"GPU": section.gpus} if on_gpu else {})}
 
 
-def _node_ip() -> str:
-    """This node's address on Ray's network: where links and front channels listen."""
-    address: str = ray.util.get_node_ip_address()
-    return address
+def _ask_ray_for(bundles: list[dict[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
 
-
-def _configure(threads: int) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    torch.set_num_threads(threads)
+    request_resources(bundles=bundles)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from .errors import ConfigError
 
@@ -22,6 +23,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _check_order(section: BaseModel, low: str, high: str, *, equal: bool) -> None:
+    """Refuse a lower limit above the upper one, or, without `equal`, at it."""
+    below, above = getattr(section, low), getattr(section, high)
+    if below > above or (below == above and not equal):
+        raise ValueError(f"{low} = {below} must be {'at most' if equal else 'below'} {high} = {above}")
+
+
 class ExpertHosts(_Section):
     """The processes that hold the routed experts.
 
@@ -31,6 +39,11 @@ class ExpertHosts(_Section):
             for so many; on other clusters the nodes decide.
         min_replicas: copies of each expert, on distinct hosts. With two, the death of a host costs no pause, and twice the
             memory.
+        spare_slots: slots of each host and layer beyond its share, for further copies of experts that much is asked of.
+        standby: processes kept warm, with everything imported, that become expert hosts when one is lost or added; each
+            reserves what a host does.
+        copy_weights: have a host that needs experts take them from hosts that hold them, beside reading the disk:
+            whichever is faster gives more.
         cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
         gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
         reply_timeout_s: a host that is silent for so long with work in hand is taken for dead.
@@ -39,6 +52,9 @@ class ExpertHosts(_Section):
     hosts: int = Field(default=2, ge=1)
     max_hosts: int = Field(default=8, ge=1)
     min_replicas: int = Field(default=1, ge=1)
+    spare_slots: int = Field(default=0, ge=0)
+    standby: int = Field(default=0, ge=0)
+    copy_weights: bool = True
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=1.0, gt=0)
     reply_timeout_s: float = Field(default=10.0, gt=0)
@@ -49,6 +65,7 @@ class Routers(_Section):
 
     Attributes:
         replicas: how many; requests are spread over them.
+        max_replicas: how many `moray scale` can go to on a cluster that `moray serve` starts itself, as `experts.max_hosts`.
         cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
         gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
         page_size: positions in one KV page.
@@ -60,9 +77,11 @@ class Routers(_Section):
         max_waiting: requests beyond this many waiting ones are refused with 429.
         restore_timeout_s: how long requests wait for lost experts, and those of a lost router for a router, to be restored
             before they fail.
+        drain_timeout_s: how long a router that is to leave goes on with its requests; what is left then goes on at another.
     """
 
     replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=4, ge=1)
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=1.0, gt=0)
     page_size: int = Field(default=32, ge=1)
@@ -72,6 +91,7 @@ class Routers(_Section):
     max_running: int = Field(default=64, ge=1)
     max_waiting: int = Field(default=256, ge=1)
     restore_timeout_s: float = Field(default=60.0, gt=0)
+    drain_timeout_s: float = Field(default=10.0, ge=0)
 
     @model_validator(mode="after")
     def _budget_covers_decoding(self) -> Self:
@@ -81,6 +101,109 @@ class Routers(_Section):
                 "needs a token a step; raise the first or lower the second"
             )
         return self
+
+
+class Supervision(_Section):
+    """How the controller looks after the processes, and they after it.
+
+    Attributes:
+        heartbeat_s: how often every process is asked how it is.
+        stuck_after_s: one that has not answered for so long is reported as stuck.
+        replace_after_s: and after so long it is ended and restored. Generous: a process that is only slow loses its work.
+        lease_s: processes that no controller has spoken to for so long end themselves, so that nothing is left of a cluster
+            whose controller was lost for good.
+    """
+
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    stuck_after_s: float = Field(default=3.0, gt=0)
+    replace_after_s: float = Field(default=10.0, gt=0)
+    lease_s: float = Field(default=600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.heartbeat_s < self.stuck_after_s <= self.replace_after_s < self.lease_s:
+            raise ValueError(
+                f"heartbeat_s = {self.heartbeat_s}, stuck_after_s = {self.stuck_after_s}, replace_after_s = "
+                f"{self.replace_after_s}, lease_s = {self.lease_s}: each must be longer than the one before"
+            )
+        return self
+
+
+class ExpertScaling(_Section):
+    """When the number of expert hosts changes, or experts move, without being asked: the written policy of
+    `cluster/autoscaler.py`.
+
+    Utilisation is the share of the time that the hosts compute, their mean. More hosts: when it was above
+    `high_utilisation` throughout `up_after_s`, as many at once as bring it down to the middle between the thresholds. One
+    host fewer: when it was below `low_utilisation` throughout `down_after_s` and the others would stay below that middle.
+    Experts move: when the balance was below `rebalance_below` throughout `up_after_s` and the plan wins something.
+
+    Attributes:
+        enabled: whether it is done at all; without, nothing below matters.
+        min_hosts, max_hosts: never fewer, never more. What `experts.min_replicas` and the model's memory need comes first.
+        high_utilisation, low_utilisation: thresholds, from 0 to 1.
+        rebalance_below: mean over maximum of the hosts' loads, from 0 (never) to 1.
+        up_after_s, down_after_s: how long a condition must hold without a break.
+        cooldown_s: after a change of the hosts or of the placement, whoever asked for it, nothing here for so long.
+    """
+
+    enabled: bool = False
+    min_hosts: int = Field(default=1, ge=1)
+    max_hosts: int = Field(default=8, ge=1)
+    high_utilisation: float = Field(default=0.8, gt=0, le=1)
+    low_utilisation: float = Field(default=0.3, ge=0, lt=1)
+    rebalance_below: float = Field(default=0.8, ge=0, le=1)
+    up_after_s: float = Field(default=30.0, ge=0)
+    down_after_s: float = Field(default=300.0, ge=0)
+    cooldown_s: float = Field(default=60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        _check_order(self, "min_hosts", "max_hosts", equal=True)
+        _check_order(self, "low_utilisation", "high_utilisation", equal=False)
+        return self
+
+
+class RouterScaling(_Section):
+    """When the number of routers changes without being asked: the written policy of `cluster/autoscaler.py`.
+
+    More routers: when more than `waiting_per_router` requests waited for each, or more of the KV pages than `high_kv_use`
+    were in use, throughout `up_after_s`: as many at once as the requests that wait and the pages need, at most twice as
+    many as there are. One router fewer: when none waited and less than `low_kv_use` of the pages, and of the running
+    requests there may be, was in use throughout `down_after_s`, and what the others would have to take over leaves them
+    below the middle between the thresholds.
+
+    Attributes:
+        enabled: whether it is done at all; without, nothing below matters.
+        min_routers, max_routers: never fewer, never more.
+        waiting_per_router: requests.
+        high_kv_use, low_kv_use: thresholds, from 0 to 1.
+        up_after_s, down_after_s: how long a condition must hold without a break.
+        cooldown_s: after a change of the routers, whoever asked for it, nothing here for so long.
+    """
+
+    enabled: bool = False
+    min_routers: int = Field(default=1, ge=1)
+    max_routers: int = Field(default=4, ge=1)
+    waiting_per_router: float = Field(default=4.0, ge=0)
+    high_kv_use: float = Field(default=0.9, gt=0, le=1)
+    low_kv_use: float = Field(default=0.3, ge=0, lt=1)
+    up_after_s: float = Field(default=15.0, ge=0)
+    down_after_s: float = Field(default=300.0, ge=0)
+    cooldown_s: float = Field(default=60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        _check_order(self, "min_routers", "max_routers", equal=True)
+        _check_order(self, "low_kv_use", "high_kv_use", equal=False)
+        return self
+
+
+class Autoscale(_Section):
+    """What the controller changes by itself; nothing unless it is enabled. Ray's autoscaler adds the nodes it takes."""
+
+    experts: ExpertScaling = ExpertScaling()
+    routers: RouterScaling = RouterScaling()
 
 
 class Front(_Section):
@@ -127,6 +250,18 @@ class Deployment(_Section):
     experts: ExpertHosts = ExpertHosts()
     routers: Routers = Routers()
     front: Front = Front()
+    supervision: Supervision = Supervision()
+    autoscale: Autoscale = Autoscale()
+
+    @model_validator(mode="after")
+    def _replicas_find_hosts(self) -> Self:
+        scaling, replicas = self.autoscale.experts, self.experts.min_replicas
+        if scaling.enabled and scaling.max_hosts < replicas:
+            raise ValueError(
+                f"autoscale.experts.max_hosts = {scaling.max_hosts} is below experts.min_replicas = {replicas}: copies of "
+                "an expert are on distinct hosts; raise the first or lower the second"
+            )
+        return self
 
     @property
     def served_name(self) -> str:
@@ -143,12 +278,7 @@ class Deployment(_Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(str(part) for part in e['loc']) or 'deployment'} = {e['input']!r}: {e['msg']}"
-                if e["type"] != "extra_forbidden"
-                else f"{'.'.join(str(part) for part in e['loc'])}: no such setting"
-                for e in error.errors()
-            ]
+            problems = [_problem(".".join(str(part) for part in e["loc"]), e) for e in error.errors()]
             raise ConfigError(f"{source}: " + "; ".join(problems)) from None
 
     @classmethod
@@ -169,3 +299,12 @@ class Deployment(_Section):
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: must hold a deployment (a mapping), found {type(raw).__name__}")
         return cls.from_dict(raw, source=str(path))
+
+
+def _problem(where: str, error: ErrorDetails) -> str:
+    """One line for one thing that is wrong: which setting, its value, and what it must be."""
+    if error["type"] == "extra_forbidden":
+        return f"{where}: no such setting"
+    if error["type"] == "value_error":  # from a validator above, which names the settings and their values
+        return f"{where}: {error['ctx']['error']}".removeprefix(": ")
+    return f"{where or 'deployment'} = {error['input']!r}: {error['msg']}"

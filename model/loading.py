@@ -17,8 +17,9 @@ from ..kernels.fp8 import dequantize_blocks
 from .checkpoint import Checkpoint, StoredTensor, total_bytes
 from .config import ModelConfig
 from .progress import Progress, default_progress
-from .reader import DEFAULT_THREADS, read_tensors, scan_tensors
+from .reader import DEFAULT_THREADS, Check, go_on, read_tensors, scan_tensors
 from .reader import BytesRead as BytesRead  # part of what this module's functions return
+from .safetensors_file import TensorEntry
 from .tensor_names import ExpectedTensor, TensorNames, layer_prefix
 
 AUTO_SCAN_BYTES = 16 * 10**9
@@ -208,6 +209,7 @@ def load_experts(
     threads: int = DEFAULT_THREADS,
     progress: Progress | None = None,
     description: str = "experts",
+    check: Check = go_on,
 ) -> tuple[dict[tuple[int, int], ExpertWeights], BytesRead]:
     """Read routed experts into CPU memory: exactly their byte ranges.
 
@@ -218,6 +220,7 @@ def load_experts(
         threads: reads in flight.
         progress: where to show how far it is; by default a bar on a terminal, else a log line now and then.
         description: what the progress calls it.
+        check: ends the read by raising.
 
     Raises:
         CheckpointError: a tensor is missing, does not fit or is damaged.
@@ -226,9 +229,27 @@ def load_experts(
     names = TensorNames(config)
     wanted = {slot: names.expert(*slot) for slot in slots}
     tensors = [tensor for expert in wanted.values() for tensor in expert]
-    read, bytes_read = _read(checkpoint, config, tensors, threads, progress, description)
+    read, bytes_read = _read(checkpoint, config, tensors, threads, progress, description, check)
     experts = {slot: StoredMlp(*(read.linear(tensor.name) for tensor in expert)) for slot, expert in wanted.items()}
     return experts, bytes_read
+
+
+def expert_layout(checkpoint: Checkpoint, config: ModelConfig, layer: int, expert: int) -> ExpertWeights:
+    """What `load_experts` would give for one expert, without data: tensors on the meta device.
+
+    Raises:
+        CheckpointError: a tensor is missing or does not fit.
+        ValueError: there is no such expert.
+    """
+
+    def empty(entry: TensorEntry) -> torch.Tensor:
+        return torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
+
+    def linear(tensor: ExpectedTensor) -> StoredLinear:
+        stored = checkpoint.locate(tensor, config)
+        return StoredLinear(empty(stored.weight), None if stored.scale_inv is None else empty(stored.scale_inv))
+
+    return StoredMlp(*(linear(tensor) for tensor in TensorNames(config).expert(layer, expert)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +281,12 @@ def _read(
     threads: int,
     progress: Progress | None,
     description: str,
+    check: Check = go_on,
 ) -> tuple[_ReadTensors, BytesRead]:
     stored = {tensor.name: checkpoint.locate(tensor, config) for tensor in expected}
     entries = [entry for tensor in stored.values() for entry in tensor.entries]
     tensors, data = read_tensors(
-        entries, threads=threads, progress=progress or default_progress(), description=description
+        entries, threads=threads, progress=progress or default_progress(), description=description, check=check
     )
     return _ReadTensors(stored, tensors), BytesRead(data=data, headers=checkpoint.header_bytes)
 

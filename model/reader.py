@@ -44,16 +44,31 @@ _NONFINITE: dict[str, tuple[type[np.unsignedinteger], int]] = {
 
 Buffer: TypeAlias = npt.NDArray[np.uint8]
 
+Check: TypeAlias = Callable[[], None]
+"""Called before each chunk, by the threads that read: what it raises ends the read."""
+
+
+def go_on() -> None:
+    """The `Check` that lets every read come to its end."""
+
 
 @dataclass(frozen=True, slots=True)
 class BytesRead:
-    """Bytes read from a checkpoint: of tensors, and of headers and index to find them."""
+    """Where a process's weights came from, in bytes of the checkpoint.
+
+    Attributes:
+        data: of tensors that were read.
+        headers: of headers and index that were read to find them.
+        copied: of tensors that were copied from another process instead: what they take in the checkpoint, whatever form
+            they were copied in, so that `data + copied` is the size of the process's slices.
+    """
 
     data: int
     headers: int
+    copied: int = 0
 
     def __add__(self, other: BytesRead) -> BytesRead:
-        return BytesRead(self.data + other.data, self.headers + other.headers)
+        return BytesRead(self.data + other.data, self.headers + other.headers, self.copied + other.copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ def read_tensors(
     threads: int = DEFAULT_THREADS,
     progress: Progress | None = None,
     description: str = "weights",
+    check: Check = go_on,
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Read whole tensors into CPU memory.
 
@@ -80,6 +96,7 @@ def read_tensors(
         threads: reads in flight.
         progress: where to show how far it is; nowhere by default.
         description: what the progress calls it.
+        check: ends the read by raising.
 
     Returns:
         (tensor by name, in its stored dtype; bytes read).
@@ -95,7 +112,7 @@ def read_tensors(
         storage = torch.empty(entry.nbytes, dtype=torch.uint8)
         tensors[entry.name] = storage.view(entry.torch_dtype).view(entry.shape)
         chunks += _split(entry, storage.numpy())
-    return tensors, _run(chunks, threads, progress or NoProgress(), description)
+    return tensors, _run(chunks, threads, progress or NoProgress(), description, check)
 
 
 def scan_tensors(
@@ -107,7 +124,7 @@ def scan_tensors(
 ) -> int:
     """Check as `read_tensors` does and keep nothing: memory stays at one chunk a thread. Returns the bytes read."""
     chunks = [chunk for entry in dict.fromkeys(entries) for chunk in _split(entry, None)]
-    return _run(chunks, threads, progress or NoProgress(), description)
+    return _run(chunks, threads, progress or NoProgress(), description, go_on)
 
 
 def _split(entry: TensorEntry, target: Buffer | None) -> list[_Chunk]:
@@ -119,7 +136,7 @@ def _split(entry: TensorEntry, target: Buffer | None) -> list[_Chunk]:
     return chunks
 
 
-def _run(chunks: list[_Chunk], threads: int, progress: Progress, description: str) -> int:
+def _run(chunks: list[_Chunk], threads: int, progress: Progress, description: str, check: Check) -> int:
     # In file order, so that the reads in flight are near each other on disk.
     chunks.sort(key=lambda chunk: (chunk.entry.file, chunk.entry.offset + chunk.start))
     total = sum(chunk.nbytes for chunk in chunks)
@@ -131,6 +148,7 @@ def _run(chunks: list[_Chunk], threads: int, progress: Progress, description: st
             chunk = share()
             if chunk is None:
                 return
+            check()
             target = chunk.target
             if target is None:
                 if not hasattr(scratch, "buffer"):

@@ -5,7 +5,7 @@ POST /v1/completions        prompts as text or token ids
 GET  /v1/models             the one served model; also /v1/models/{name}
 GET  /v1/moray/status       the cluster's state, for `moray status`
 GET  /metrics               Prometheus text
-GET  /health                200 only while every expert is reachable; the only one open without a key
+GET  /health                200 only while every expert is reachable, "degraded" or not; the only one open without a key
 """
 
 from __future__ import annotations

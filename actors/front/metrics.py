@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from ..messages import ClusterStatus, RouterStats
-from .health import is_healthy
+from ..messages import ClusterStatus, Event, Health, ProcessState, RouterStats
+from .health import is_healthy, late_hosts
 
 _TTFT_BUCKETS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 30, 60, 120, 300)
 _ITL_BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 15)
@@ -30,6 +31,9 @@ _COUNTERS = {
     "requests_finished": "Requests that ended by themselves.",
     "requests_cancelled": "Requests their clients gave up.",
     "requests_failed": "Requests that ended with an error.",
+    "resent_shares": "Shares of a layer's work that went to another replica because their host was lost.",
+    "hedged_shares": "Shares of a layer's work that went to another replica too because their host was late.",
+    "fenced_hosts": "Expert hosts the router has cut off because they stayed silent.",
 }
 
 _GAUGES = {
@@ -158,18 +162,61 @@ class _ClusterCollector(Collector):
         )
         if status is None:
             return
-        health = GaugeMetricFamily("moray_cluster_health", "1 for the cluster's present health.", labels=["health"])
-        health.add_metric([status.health], 1)
+        health = GaugeMetricFamily(
+            "moray_cluster_health", "1 for the cluster's present health, 0 for the others.", labels=["health"]
+        )
+        for each in get_args(Health):
+            health.add_metric([each], float(each == status.health))
         yield health
-        yield GaugeMetricFamily("moray_placement_epoch", "Epoch of the placement table.", value=status.epoch)
-        processes = GaugeMetricFamily("moray_processes", "Processes by role and state.", labels=["role", "state"])
-        counts: dict[tuple[str, str], int] = {}
-        for process in status.processes:
-            counts[process.role, process.state] = counts.get((process.role, process.state), 0) + 1
-        for (role, state), count in sorted(counts.items()):
-            processes.add_metric([role, state], count)
-        yield processes
+        yield GaugeMetricFamily(
+            "moray_late_hosts",
+            "Expert hosts that owe some router an answer for longer than is usual for them.",
+            value=len(late_hosts(status)),
+        )
         yield from self._router_families(status.routers)
+        yield GaugeMetricFamily(
+            "moray_controller_answers",
+            "1 while the controller answers; what only it knows is left out while it does not.",
+            value=float(status.epoch > 0),
+        )
+        if status.epoch:
+            yield from self._controller_families(status)
+
+    def _controller_families(self, status: ClusterStatus) -> Iterator[Metric]:
+        yield GaugeMetricFamily("moray_placement_epoch", "Epoch of the placement table.", value=status.epoch)
+        yield GaugeMetricFamily(
+            "moray_placement_balance",
+            "Mean over maximum of the expert hosts' measured loads, averaged over layers; 1 before any was measured.",
+            value=status.balance,
+        )
+        yield GaugeMetricFamily(
+            "moray_missing_replicas",
+            "(layer, expert) pairs that have fewer live replicas than min_replicas.",
+            value=status.missing_replicas,
+        )
+        processes = GaugeMetricFamily("moray_processes", "Processes by role and state.", labels=["role", "state"])
+        for role in ("expert_host", "router", "controller"):
+            for state in get_args(ProcessState):
+                count = sum((process.role, process.state) == (role, state) for process in status.processes)
+                processes.add_metric([role, state], count)
+        yield processes
+        # The list is of the last events alone, so that counts of it would go down again: their times cannot mislead.
+        newest: dict[str, Event] = {event.what: event for event in sorted(status.events, key=lambda event: event.at)}
+        ended = GaugeMetricFamily(
+            "moray_last_event_timestamp_seconds",
+            "When the newest event of its kind among the cluster's last ones was over, in Unix time.",
+            labels=["what"],
+        )
+        took = GaugeMetricFamily(
+            "moray_last_event_duration_seconds",
+            "How long the newest event of its kind among the cluster's last ones took.",
+            labels=["what"],
+        )
+        for what, event in sorted(newest.items()):
+            ended.add_metric([what], event.at)
+            took.add_metric([what], event.seconds)
+        yield ended
+        yield took
 
     def _router_families(self, routers: list[RouterStats]) -> Iterator[Metric]:
         families: list[tuple[str, CounterMetricFamily | GaugeMetricFamily]] = [

@@ -29,7 +29,8 @@ class FrontSettings:
         completion_max_tokens: `max_tokens` of /v1/completions where the request has none, as OpenAI's 16; None means
             whatever is left of the context, which is always the default of /v1/chat/completions.
         stall_timeout_s: a request ends with an error when the engine has said nothing about it for so long.
-        status_timeout_s: /health, /metrics and /v1/moray/status give up on the cluster's state after this.
+        status_timeout_s: /health, /metrics and /v1/moray/status give up on the cluster's state after this. Routers and
+            controller are given less, so that the answer can say which of them does not speak.
         body_timeout_s: a request whose body is not there after this is answered with 408.
         send_timeout_s: a client that takes none of its answer for so long counts as gone.
         keepalive_s: a stream that has been silent so long gets an SSE comment, so that proxies keep it open.
@@ -43,7 +44,7 @@ class FrontSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     completion_max_tokens: int | None = 16
     stall_timeout_s: float = 600.0
-    status_timeout_s: float = 5.0
+    status_timeout_s: float = 2.5
     body_timeout_s: float = 60.0
     send_timeout_s: float = 120.0
     keepalive_s: float = 15.0

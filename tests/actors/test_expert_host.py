@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from moray.actors.background import LOWEST
 from moray.actors.deadline import Deadline
 from moray.actors.expert_host import ExpertHost
 from moray.actors.links import Frame, Link, LinkAddress, LinkKind, dial
 from moray.actors.moe_frames import Kind, MoeHeader
+from moray.actors.reports import HostReport
 from moray.actors.testing import SECRET
-from moray.configs.errors import HandshakeError, LinkError, PeerDiedError
-from moray.kernels.experts import swiglu_mlp
+from moray.configs.errors import ClusterError, HandshakeError, LinkError, PeerDiedError
+from moray.kernels.experts import ExpertWeights, grouped_mlp, swiglu_mlp
 from moray.model.compute import Compute
 from moray.model.loading import load_experts, open_model
-from moray.model.testing import write_random_checkpoint
+from moray.model.testing import WeightDtype, write_random_checkpoint
 from moray.model.weights import mlp_weights
 
 SLOTS = ((4, 1, 6), (0, 7))
@@ -262,3 +266,103 @@ def test_a_router_with_another_secret_is_refused(host: ExpertHost) -> None:
     address = host.listen("shm", bind_host="127.0.0.1", secret=SECRET)
     with pytest.raises(HandshakeError):
         dial(address, secret=b"another secret of 16 bytes", identity="router-0", deadline=Deadline.after(20))
+
+
+def test_headers_are_read_once(checkpoint: Path) -> None:
+    """A load beside serving does not parse the headers of a large checkpoint again, and their bytes are reported once."""
+    host = ExpertHost("", compute=Compute.on_cpu())
+    host.warm_up(checkpoint)
+    host.become("expert-host-0")
+    headers = host.load(checkpoint, SLOTS, epoch=1).headers
+    assert headers == open_model(checkpoint)[1].header_bytes
+    assert host.load(checkpoint, ((2,), ()), epoch=2).headers == 0
+
+
+def test_a_host_that_stands_by_becomes_one_once(checkpoint: Path) -> None:
+    host = ExpertHost("", compute=Compute.on_cpu())
+    for attempt in (
+        lambda: host.load(checkpoint, SLOTS, epoch=3),
+        lambda: host.listen("shm", bind_host="127.0.0.1", secret=SECRET),
+        lambda: host.inline_link("router-0"),
+    ):
+        with pytest.raises(ClusterError, match=r"a host that stands by cannot .*: have it become one first"):
+            attempt()
+    host.become("expert-host-5")
+    assert host.host_id == "expert-host-5"
+    host.load(checkpoint, SLOTS, epoch=3)
+    link = connect(host, "shm")
+    assert link.peer == "expert-host-5"
+    assert torch.equal(ask(link, Work())[1][0], expected(checkpoint, Work()))
+    with pytest.raises(ClusterError, match="expert-host-5 cannot become expert-host-6"):
+        host.become("expert-host-6")
+    assert host.host_id == "expert-host-5"
+    host.stop()
+    link.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("keep_fp8", [True, False])
+def test_warming_up_computes_in_the_models_shape_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: WeightDtype, keep_fp8: bool
+) -> None:
+    path = write_random_checkpoint(tmp_path / "model", {"num_hidden_layers": 2}, dtype=dtype)
+    computed: list[tuple[list[int], str]] = []
+
+    def recorded(x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        output = grouped_mlp(x, rows, slots, weights)
+        assert not output.any()
+        computed.append((list(output.shape), type(weights[0].down).__name__))
+        return output
+
+    monkeypatch.setattr("moray.actors.warm_up.grouped_mlp", recorded)
+    host = ExpertHost("", compute=Compute(torch.device("cpu"), torch.bfloat16, keep_fp8=keep_fp8))
+    host.warm_up(path)
+    kind = "BlockWeight" if keep_fp8 and dtype == "fp8" else "Tensor"
+    assert computed == [([tokens, HIDDEN], kind) for tokens in (1, 16, 32, 64)]
+    assert host.report() == HostReport((), 0.0, 0, 0)
+
+
+def test_reports_what_it_serves_and_has_computed(host: ExpertHost, checkpoint: Path) -> None:
+    link = connect(host, "shm")
+    before = host.report()
+    assert (before.epochs, before.busy_s, before.pairs) == ((3,), 0.0, 0)
+    config, _ = open_model(checkpoint)
+    assert before.resident_bytes == 5 * 3 * config.hidden_size * config.moe_intermediate_size * 4
+    ask(link, Work())
+    after = host.report()
+    assert (after.epochs, after.pairs, after.resident_bytes) == ((3,), 3, before.resident_bytes)
+    assert after.busy_s > 0
+    ask(link, Work(slots=(0, 0, 3)))  # refused: it has computed nothing
+    assert host.report().pairs == 3
+    link.close()
+
+
+def test_waiting_for_ones_turn_is_not_being_busy(host: ExpertHost) -> None:
+    """And a report waits for nobody's turn."""
+    link = connect(host, "shm")
+    with host._one_at_a_time:
+        link.send(Work().header, Work().tensors, deadline=Deadline.after(20))
+        assert not link.wait(deadline=Deadline.after(0.2))
+        assert host.report().busy_s == 0.0
+    link.recv(deadline=Deadline.after(20))
+    assert host.report().busy_s > 0.0
+    link.close()
+
+
+def test_a_gentle_load_runs_in_the_background_unless_the_host_serves(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[int] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        weights.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return load_experts(*args, **kwargs)
+
+    monkeypatch.setattr("moray.actors.expert_loading.load_experts", recorded)
+    host = ExpertHost("expert-host-0", compute=Compute.on_cpu())
+    host.load(checkpoint, ((0,), ()), epoch=1, gently=True)
+    host.load(checkpoint, ((1,), ()), epoch=2, gently=True)
+    assert weights == [LOWEST, 0]
+    other = ExpertHost("expert-host-1", compute=Compute.on_cpu())
+    other.load(checkpoint, ((0,), ()), epoch=1)
+    assert weights[-1] == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import struct
 import threading
 import time
@@ -15,12 +14,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from moray.actors import front_channel, router_client, router_connection
-from moray.actors.deadline import Deadline
-from moray.actors.links.handshake import authenticate
+from moray.actors import front_channel, router_connection
 from moray.actors.messages import GenerateRequest, RouterStats, TokenLogprobs, TokenOutput
 from moray.actors.router_connection import RouterConnection, RouterStream
-from moray.actors.router_server import RouterServer
 from moray.actors.testing import SECRET, EngineParts, random_prompt, run
 from moray.configs.errors import (
     ClusterError,
@@ -36,7 +32,7 @@ from moray.configs.errors import (
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
 
-from .served import Served, client_of, eventually, in_loop
+from .served import Served, eventually, in_loop, raw_front
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +96,15 @@ def test_messages_survive_the_wire() -> None:
     stats = RouterStats("router-0", 1, 2, broken_links=["x"])
     kind, number, fields = through(front_channel.stats_message(3, stats))
     assert (kind, number, RouterStats(**fields)) == ("stats", 3, stats)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_messages_are_made_of_whatever_pieces_arrive(size: int) -> None:
+    messages: list[list[Any]] = [*(["cancel", "x" * n] for n in (0, 1, 200)), ["alive"], ["stats", 7]]
+    data = b"".join(front_channel.encode(message) for message in messages)
+    buffer = front_channel.MessageBuffer()
+    pieces = (data[i : i + size] for i in range(0, len(data), size))
+    assert [message for piece in pieces for message in buffer.feed(piece)] == messages
 
 
 @pytest.mark.parametrize(
@@ -259,84 +264,6 @@ def test_a_router_that_does_not_answer_is_given_up(
         in_loop(test)
     finally:
         frozen.set()
-
-
-def test_a_client_spreads_requests_and_hides_its_own_ids(parts: EngineParts) -> None:
-    several = [Served(parts), Served(parts)]
-    addresses = {f"router-{i}": served.server.address for i, served in enumerate(several)}
-
-    async def test() -> None:
-        async with client_of(addresses) as client:
-
-            async def answer(name: str) -> list[TokenOutput]:
-                return [output async for output in client.generate(request(parts, name))]
-
-            answers = await asyncio.gather(*(answer("same id") for _ in range(6)))
-            assert all(output.request_id == "same id" for outputs in answers for output in outputs)
-            assert len({tuple(t for o in outputs for t in o.token_ids) for outputs in answers}) == 1
-            status = await client.status()
-            assert (status.health, [r.requests_finished for r in status.routers]) == ("ok", [3, 3])
-
-    in_loop(test)
-    for served in several:
-        served.close()
-
-
-def test_a_restored_router_is_found_at_its_new_address(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of two routers comes back, the other one stays away; neither keeps the client from the other."""
-    monkeypatch.setattr(router_client, "_RECONNECT_PAUSE_S", 0.05)
-    lost, moved = Served(parts), Served(parts)
-    addresses = {"router-0": lost.server.address, "router-1": moved.server.address}
-
-    async def test() -> None:
-        nonlocal moved
-        async with client_of(addresses) as client:
-            await asyncio.to_thread(lost.close)
-            await asyncio.to_thread(moved.close)
-            await eventually(lambda: all(c.lost is not None for c in client._connections.values()))
-            with pytest.raises(RouterLostError, match="no router can be reached"):
-                await anext(client.generate(request(parts)))
-            status = await client.status()
-            assert status.health == "unavailable"
-            assert "router-0 is lost" in status.reason
-            moved = await asyncio.to_thread(Served, parts)
-            addresses["router-1"] = moved.server.address
-            await eventually(lambda: client._connections["router-1"].lost is None)
-            assert len([output async for output in client.generate(request(parts))]) == 8
-            assert (await client.status()).health == "degraded"
-
-    in_loop(test)
-    moved.close()
-
-
-def test_status_when_experts_are_missing(parts: EngineParts) -> None:
-    table = parts.table(2)
-    router = parts.router(table, {"expert-host-0": parts.link(parts.host("expert-host-0", table), "inline")})
-    server = RouterServer(router, bind_host="127.0.0.1", secret=SECRET)
-
-    async def test() -> None:
-        async with client_of({"router-0": server.address}) as client:
-            status = await client.status()
-            assert status.health == "unavailable"
-            assert "router-0: 8 (layer, expert) pairs unreachable" in status.reason
-
-    in_loop(test)
-    server.close()
-
-
-def raw_front(served: Served) -> socket.socket:
-    host, _, port = served.server.address.rpartition(":")
-    sock = socket.create_connection((host, int(port)), 10)
-    authenticate(
-        sock,
-        secret=SECRET,
-        identity="rogue",
-        channel=front_channel.CHANNEL,
-        initiator=True,
-        deadline=Deadline.after(10),
-    )
-    sock.settimeout(10)
-    return sock
 
 
 def framed(body: bytes) -> bytes:

@@ -6,9 +6,6 @@ Token ids and log-probabilities are compared for equality, never within a tolera
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +14,8 @@ import pytest
 import torch
 
 from moray.actors.deadline import Deadline
-from moray.actors.links import Link, LinkAddress, LinkKind, dial
+from moray.actors.links import LinkKind, dial
 from moray.actors.messages import GenerateRequest, TokenLogprobs
-from moray.actors.placement_table import PlacementTable
 from moray.actors.router import Router, RouterSettings
 from moray.actors.testing import SECRET, SETTINGS, EngineParts, random_prompt, run
 from moray.cluster.local import LLM
@@ -27,6 +23,8 @@ from moray.cluster.placement import even_placement
 from moray.model.config import ModelConfig
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
+
+from .processes import host_processes
 
 Answer = tuple[list[int], list[TokenLogprobs]]
 
@@ -149,46 +147,16 @@ def test_prefix_cache_hits_change_nothing(oracle: Oracle, parts: EngineParts) ->
     assert router.scheduler.prefix_hit_tokens - before >= 100
 
 
-@contextlib.contextmanager
-def host_processes(parts: EngineParts, table: PlacementTable, kind: LinkKind) -> Iterator[dict[str, Link]]:
-    """Links to hosts that are real processes."""
-    script = str(Path(__file__).with_name("host_process.py"))
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for host_id, slots in table.slots.items():
-            process = subprocess.Popen(
-                [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            stack.callback(process.communicate, timeout=30)
-            assert process.stdin is not None
-            description = {
-                "host_id": host_id,
-                "dtype": str(parts.compute.dtype).removeprefix("torch."),
-                "checkpoint": str(parts.checkpoint),
-                "slots": slots,
-                "epoch": table.epoch,
-                "kinds": [kind],
-                "secret": SECRET.hex(),
-            }
-            process.stdin.write(json.dumps(description) + "\n")
-            process.stdin.flush()
-            processes[host_id] = process
-        links = {}
-        for host_id, process in processes.items():
-            assert process.stdout is not None
-            (address,) = json.loads(process.stdout.readline())
-            links[host_id] = dial(
-                LinkAddress(*address), secret=SECRET, identity="router-0", deadline=Deadline.after(30.0)
-            )
-            stack.callback(links[host_id].close)
-        yield links
-
-
 @pytest.mark.parametrize(("kind", "hosts"), [("shm", 2), ("gloo", 3)])
 @pytest.mark.parametrize("oracle", ["float32"], indirect=True)  # starting processes costs seconds
 def test_hosts_in_processes_of_their_own(oracle: Oracle, parts: EngineParts, kind: LinkKind, hosts: int) -> None:
     table = parts.table(hosts)
-    with host_processes(parts, table, kind) as links:
+    with host_processes(parts, table, kind) as processes, contextlib.ExitStack() as linked:
+        links = {}
+        for host, process in processes.items():
+            deadline = Deadline.after(30.0)
+            links[host] = dial(process.address, secret=SECRET, identity="router-0", deadline=deadline)
+            linked.callback(links[host].close)
         router = parts.router(table, links)
         oracle.check(router, together=True)
         oracle.check(router, together=False, some=slice(0, 16, 7))

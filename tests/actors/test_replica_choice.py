@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moray.actors.replica_choice import choose_replicas, pour
+from moray.actors.routes import IntArray
 from moray.cluster.shared_load import shared_load
 
 
-def tables(replicas: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def tables(replicas: list[list[int]]) -> tuple[IntArray, IntArray]:
     """Hosts of each expert's replicas [R, E] and their count [E]."""
-    hosts = torch.zeros((max(map(len, replicas)), len(replicas)), dtype=torch.int64)
+    hosts = np.zeros((max(map(len, replicas)), len(replicas)), dtype=np.int64)
     for expert, where in enumerate(replicas):
-        hosts[: len(where), expert] = torch.tensor(where)
-    return hosts, torch.tensor([len(where) for where in replicas])
+        hosts[: len(where), expert] = where
+    return hosts, np.array([len(where) for where in replicas])
 
 
-def pairs_per_host(choice: torch.Tensor, topk_ids: torch.Tensor, hosts: torch.Tensor, n: int) -> list[int]:
-    return torch.bincount(hosts[choice, topk_ids].flatten(), minlength=n).tolist()
+def pairs_per_host(choice: IntArray, experts: IntArray, hosts: IntArray, n: int) -> list[int]:
+    counted: list[int] = np.bincount(hosts[choice, experts], minlength=n).tolist()
+    return counted
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[torch.Tensor, list[list[int]], int]:
+def steps(draw: st.DrawFn) -> tuple[IntArray, IntArray, list[list[int]], int]:
+    """Top-k experts of some tokens: experts of the pairs, their tokens, replicas of each expert, and how many hosts."""
     n, experts = draw(st.integers(1, 6)), draw(st.integers(1, 12))
     replicas = [
         draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True), f"replicas of {e}")
@@ -34,41 +36,48 @@ def steps(draw: st.DrawFn) -> tuple[torch.Tensor, list[list[int]], int]:
     tokens, k = draw(st.integers(0, 40)), draw(st.integers(1, min(4, experts)))
     generator = np.random.default_rng(draw(st.integers(0, 1000)))
     rows = [generator.choice(experts, k, replace=False) for _ in range(tokens)]
-    topk_ids = np.stack(rows) if rows else np.zeros((0, k), dtype=np.int64)
-    return torch.from_numpy(topk_ids.astype(np.int64)), replicas, n
+    picked = np.concatenate(rows) if rows else np.zeros(0)
+    return picked.astype(np.int64), np.arange(tokens).repeat(k), replicas, n
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(step=steps())
-def test_any_step(step: tuple[torch.Tensor, list[list[int]], int]) -> None:
-    topk_ids, replicas, n = step
+def test_any_step(step: tuple[IntArray, IntArray, list[list[int]], int]) -> None:
+    experts, rows, replicas, n = step
     hosts, count = tables(replicas)
-    choice = choose_replicas(topk_ids, hosts, count)
-    assert choice.shape == topk_ids.shape
-    assert choice.dtype == torch.int64
-    assert bool((choice >= 0).all())
-    assert bool((choice < count[topk_ids]).all())
-    assert torch.equal(choice, choose_replicas(topk_ids, hosts, count)), "the same step, the same choice"
-    busy = pairs_per_host(choice, topk_ids, hosts, n)
+    choice = choose_replicas(experts, hosts, count)
+    assert choice.shape == experts.shape
+    assert choice.dtype == np.int64
+    assert (choice >= 0).all()
+    assert (choice < count[experts]).all()
+    load = np.bincount(experts, minlength=len(count))
+    assert np.array_equal(choice, choose_replicas(experts, hosts, count, load=load)), "the same step, the same choice"
+    busy = pairs_per_host(choice, experts, hosts, n)
     if busy:
-        by_row = torch.arange(len(topk_ids))[:, None] % count[topk_ids]
-        assert max(busy) <= max(pairs_per_host(by_row, topk_ids, hosts, n)) + 1
+        assert max(busy) <= max(pairs_per_host(rows % count[experts], experts, hosts, n)) + 1
+
+
+def test_what_nobody_can_be_asked_for_may_be_left_out() -> None:
+    hosts, count = tables([[0, 1], [1], [0, 1]])
+    count[2] = 0
+    experts = np.array([0, 1, 0, 1, 0, 0])
+    assert pairs_per_host(choose_replicas(experts, hosts, count), experts, hosts, 2) == [3, 3]
 
 
 def test_two_hosts_share_what_both_hold() -> None:
     # Expert 0 is on both hosts, 1 on the first alone: the second takes all of 0 until it is level.
     hosts, count = tables([[0, 1], [0]])
-    topk_ids = torch.tensor([[0], [1], [0], [1], [0], [1], [0], [0]])
-    choice = choose_replicas(topk_ids, hosts, count)
-    assert pairs_per_host(choice, topk_ids, hosts, 2) == [4, 4]
-    assert choice.flatten().tolist() == [0, 0, 1, 0, 1, 0, 1, 1], "runs, in the order of rows"
+    experts = np.array([0, 1, 0, 1, 0, 1, 0, 0])
+    choice = choose_replicas(experts, hosts, count)
+    assert pairs_per_host(choice, experts, hosts, 2) == [4, 4]
+    assert choice.tolist() == [0, 0, 1, 0, 1, 0, 1, 1], "runs, in the order of rows"
 
 
 def test_faster_hosts_get_more() -> None:
     hosts, count = tables([[0, 1]])
-    topk_ids = torch.zeros((40, 1), dtype=torch.int64)
-    choice = choose_replicas(topk_ids, hosts, count, speed=[1.0, 3.0])
-    assert pairs_per_host(choice, topk_ids, hosts, 2) == [10, 30]
+    experts = np.zeros(40, dtype=np.int64)
+    choice = choose_replicas(experts, hosts, count, speed=[1.0, 3.0])
+    assert pairs_per_host(choice, experts, hosts, 2) == [10, 30]
 
 
 def test_better_than_by_row_on_skewed_steps() -> None:
@@ -82,11 +91,11 @@ def test_better_than_by_row_on_skewed_steps() -> None:
     worst: dict[str, list[float]] = {"row": [], "chosen": [], "best": []}
     for _ in range(20):
         rows = [generator.choice(64, 4, replace=False, p=weight / weight.sum()) for _ in range(64)]
-        topk_ids = torch.from_numpy(np.stack(rows))
-        by_row = torch.arange(64)[:, None] % count[topk_ids]
-        worst["row"].append(max(pairs_per_host(by_row, topk_ids, hosts, 8)))
-        worst["chosen"].append(max(pairs_per_host(choose_replicas(topk_ids, hosts, count), topk_ids, hosts, 8)))
-        pairs = np.bincount(topk_ids.flatten().numpy(), minlength=64).astype(np.float64)
+        experts = np.concatenate(rows)
+        by_row = np.arange(64).repeat(4) % count[experts]
+        worst["row"].append(max(pairs_per_host(by_row, experts, hosts, 8)))
+        worst["chosen"].append(max(pairs_per_host(choose_replicas(experts, hosts, count), experts, hosts, 8)))
+        pairs = np.bincount(experts, minlength=64).astype(np.float64)
         worst["best"].append(float(shared_load(pairs, held, np.ones(8), until=1.0).max()))
     assert np.mean(worst["chosen"]) < 0.9 * np.mean(worst["row"])
     assert np.mean(worst["chosen"]) <= np.mean(worst["best"]) + 1.0, "tokens are whole: no better than one too many"

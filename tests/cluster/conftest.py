@@ -1,4 +1,4 @@
-"""Servers shared by the tests of a session: starting one takes longer than most of what is asked of it."""
+"""Clusters for the tests: of threads, made for each; and servers, shared by those of a session, for they start slowly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,47 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moray.cluster import supervisor as supervisor_module
+from moray.cluster import transition as transition_module
+from moray.cluster.controller import Controller
+from moray.cluster.local import LLM
+from moray.model.testing import write_random_checkpoint
+
 from .serve_process import KEY, Serve
+from .thread_cluster import PROMPT, ThreadSpawner, deployment
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with 8 experts a layer."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("random"), dtype="fp8", seed=8)
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoint: Path) -> list[int]:
+    """What it answers to `PROMPT`, undisturbed."""
+    with LLM(checkpoint, experts=1) as llm:
+        return llm.generate([PROMPT], max_tokens=40, temperature=0.0, ignore_eos=True)[0].token_ids
+
+
+@pytest.fixture
+def spawner(monkeypatch: pytest.MonkeyPatch) -> ThreadSpawner:
+    """Makes clusters of threads, whose controllers wait for nothing long."""
+    monkeypatch.setattr(supervisor_module, "_POLL_S", 0.05)
+    monkeypatch.setattr(supervisor_module, "_PAUSES_S", (0.05, 0.1))
+    monkeypatch.setattr(supervisor_module, "_STANDBY_PAUSE_S", 0.05)
+    monkeypatch.setattr(supervisor_module, "_GROW_BACK_S", 0.2)
+    monkeypatch.setattr(transition_module, "_DIRECTORY_SEEN_S", 0.1)
+    return ThreadSpawner()
+
+
+@pytest.fixture
+def controller(checkpoint: Path, spawner: ThreadSpawner) -> Iterator[Controller]:
+    """A cluster of two hosts and two routers that are threads."""
+    controller = Controller(deployment(checkpoint, routers=2), spawner)
+    controller.start()
+    yield controller
+    controller.stop()
 
 
 @pytest.fixture(scope="session")

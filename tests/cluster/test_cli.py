@@ -9,10 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import moray
+from moray.cluster import admin
+from moray.cluster.changes import Wanted
 from moray.cluster.cli import _parser, deployment_from, main
 from moray.cluster.run_state import ProcessId, RunState, ServerRecord
 
@@ -138,6 +142,117 @@ def test_wrong_usage_is_status_2(run: Run, arguments: list[str]) -> None:
     assert status == 2
     assert "moray" in err
     assert "error: " in err
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, Wanted, bool, bool]]:
+    """What the command line asks of the cluster: address, what is wanted, whether it is a dry run, whether JSON."""
+    calls: list[tuple[str | None, Wanted, bool, bool]] = []
+
+    def change(address: str | None, wanted: Wanted, *, dry_run: bool, as_json: bool) -> int:
+        calls.append((address, wanted, dry_run, as_json))
+        return 0
+
+    monkeypatch.setattr(admin, "change", change)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("scale --experts 5", Wanted(experts=5)),
+        ("scale --routers 2 --experts 1", Wanted(experts=1, routers=2)),
+        ("scale --replicas 3:7=2", Wanted(replicas={(3, 7): 2})),
+        ("scale --replicas 3:7=2 60:255=0 --replicas 4:0=3", Wanted(replicas={(3, 7): 2, (60, 255): 0, (4, 0): 3})),
+        ("rebalance", Wanted(rebalance=True)),
+        ("drain expert-host-1 expert-host-0 expert-host-1", Wanted(drain=("expert-host-1", "expert-host-0"))),
+    ],
+)
+def test_what_is_asked_of_a_running_cluster(
+    run: Run, asked: list[tuple[str | None, Wanted, bool, bool]], arguments: str, wanted: Wanted
+) -> None:
+    assert run(*arguments.split()) == (0, "", "")
+    assert run(*arguments.split(), "--address", "10.0.0.1:6379", "--dry-run", "--json") == (0, "", "")
+    assert asked == [(None, wanted, False, False), ("10.0.0.1:6379", wanted, True, True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("scale", ["--experts N", "--routers N", "--replicas LAYER:EXPERT=N"]),
+        ("scale --experts 0", ["--experts", "'0'", "at least 1"]),
+        ("scale --experts -2", ["--experts", "'-2'", "at least 1"]),
+        ("scale --routers two", ["--routers", "'two'", "at least 1"]),
+        ("scale --replicas", ["--replicas"]),
+        ("scale --replicas 3:7", ["'3:7'", "LAYER:EXPERT=N", "3:7=2"]),
+        ("scale --replicas 3:7=-1", ["'3:7=-1'", "LAYER:EXPERT=N"]),
+        ("scale --replicas 3:7=2 3-7=2", ["'3-7=2'", "LAYER:EXPERT=N"]),
+        ("scale --replicas 3:7=2 3:7=3", ["3:7=2", "3:7=3", "one of them"]),
+        ("drain", ["HOST"]),
+        ("rebalance 3", ["3"]),
+        ("chaos --minutes 0", ["--minutes", "'0'", "above 0"]),
+        ("chaos --minutes nan", ["'nan'"]),
+        ("chaos --seed -1", ["--seed", "'-1'", "at least 0"]),
+        ("chaos --streams 0", ["--streams", "'0'"]),
+        ("chaos --faults kill,,stop", ["'kill,,stop'", "commas"]),
+    ],
+)
+def test_what_cannot_be_asked(
+    run: Run, asked: list[tuple[str | None, Wanted, bool, bool]], arguments: str, named: list[str]
+) -> None:
+    status, out, err = run(*arguments.split())
+    assert (status, out, asked) == (2, "", [])
+    for text in named:
+        assert text in err.splitlines()[-1]
+
+
+def test_chaos(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def chaos(**settings: Any) -> int:
+        calls.append(settings)
+        return 3
+
+    module = ModuleType("moray.cluster.chaos.run")
+    vars(module)["chaos"] = chaos
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert run("chaos")[0] == 3
+    flags = "--seed 7 --minutes 0.5 --url http://h --faults kill,stop --streams 4 --api-key-file keys --json"
+    assert run("chaos", *flags.split())[0] == 3
+    standard = {
+        "url": None,
+        "address": None,
+        "seed": 0,
+        "minutes": 1.0,
+        "faults": None,
+        "streams": 16,
+        "as_json": False,
+        "key_file": None,
+    }
+    given = {
+        "url": "http://h",
+        "seed": 7,
+        "minutes": 0.5,
+        "faults": ("kill", "stop"),
+        "streams": 4,
+        "as_json": True,
+        "key_file": Path("keys"),
+    }
+    assert calls == [standard, standard | given]
+
+
+@pytest.mark.parametrize("command", [["scale", "--experts", "2"], ["rebalance"], ["drain", "expert-host-0"]])
+def test_changing_a_cluster_that_is_not_there(run: Run, command: list[str]) -> None:
+    line = refused(run, *command)
+    assert "no server runs on this machine" in line
+    assert "--address" in line
+
+
+def test_changing_a_server_in_one_process(run: Run) -> None:
+    own = ProcessId.of(os.getpid())
+    assert own is not None
+    RunState().write(ServerRecord(own, "http://127.0.0.1:8000", "tiny-r1"))
+    assert "--local" in refused(run, "scale", "--experts", "3")
 
 
 @pytest.mark.parametrize("command", [["status"], ["chat", "hello"]])

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moray.actors.expert_host import ExpertHost
 from moray.actors.links import LinkAddress, LinkKind
 from moray.actors.messages import ClusterStatus, GenerateRequest, TokenOutput
 from moray.actors.placement_table import PlacementTable
+from moray.actors.reports import HostReport, RouterReport
 from moray.actors.router import RouterSettings
 from moray.actors.router_client import ClusterClient
 from moray.actors.router_process import HostAddresses, RouterProcess
-from moray.cluster.assembly import compute
+from moray.actors.weight_copy import Sources
+from moray.cluster.assembly import checkpoint_path, compute
 from moray.cluster.controller import Controller
-from moray.cluster.spawning import ExpertHostHandle, RouterHandle, Spawner
+from moray.cluster.handles import ExpertHostHandle, RouterHandle
+from moray.cluster.spawning import NoRoomError, Spawner
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ClusterError
 from moray.model.reader import BytesRead
@@ -28,36 +33,77 @@ PROMPT = [5, 9, 200, 31, 7, 7, 80]
 
 
 class ThreadHost(ExpertHostHandle):
-    """An expert host in this process."""
+    """An expert host in this process.
 
-    def __init__(self, host: ExpertHost, died: Callable[[], None]) -> None:
-        self.name, self.pid, self.node = host.host_id, id(host) % 100_000 + 1, "here"
-        self.host = host
-        self.dead = self.cannot_load = self.loading = False
-        self.died = died
+    Attributes:
+        dead: it has ended, as a killed process has.
+        silent: it answers nothing, as a stopped process.
+        cannot_load: its loads fail.
+        may_load: cleared, its loads wait.
+    """
+
+    def __init__(self, spawner: ThreadSpawner, label: str, host: ExpertHost) -> None:
+        self.actor_name = f"{label}.{next(spawner.numbers)}"
+        self.pid, self.node = id(host) % 100_000 + 1, "here"
+        self.spawner, self.host = spawner, host
+        self.dead = self.silent = self.cannot_load = self.loading = False
         self.may_load = threading.Event()
         self.may_load.set()
 
-    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
-        return [self.host.listen("shm", bind_host="127.0.0.1", secret=secret)]
+    def locate(self, timeout_s: float = 0.0) -> None:
+        self._answer()
 
-    def begin_load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int) -> None:
+    def poll(self) -> HostReport | None:
+        return None if self.silent or self.dead else self.host.report()
+
+    def call(self, method: str, *args: Any, timeout_s: float = 0.0) -> Any:
+        self._answer()
+        return getattr(self.host, method)(*args)
+
+    def become(self, host_id: str) -> None:
+        self.host.become(host_id)
+        self.spawner.hosts[host_id] = self
+
+    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> tuple[LinkAddress, ...]:
+        self._answer()
+        return (self.host.listen("shm", bind_host="127.0.0.1", secret=secret),)
+
+    def begin_load(
+        self,
+        checkpoint: Path,
+        slots: Sequence[Sequence[int]],
+        epoch: int,
+        *,
+        sources: Sources,
+        link: LinkKind | Literal["auto"],
+        secret: bytes,
+        gently: bool,
+    ) -> None:
         if self.cannot_load:
-            raise ClusterError(f"{self.name}: is dead")
-        self._load = (checkpoint, slots, epoch)
+            raise ClusterError(f"{self.host.host_id}: is dead")
+        self._load = partial(
+            self.host.load, checkpoint, slots, epoch=epoch, sources=sources, link=link, secret=secret, gently=gently
+        )
         self.loading = True
 
+    def loaded(self, timeout_s: float) -> BytesRead | None:
+        self._answer()
+        if not self.may_load.wait(timeout_s):
+            return None
+        self.loading = False
+        return self._load()
+
     def retire(self, epoch: int) -> None:
+        self._answer()
         self.host.retire(epoch)
+
+    def abandon(self, epoch: int) -> None:
+        self._answer()
+        self.host.abandon(epoch)
+        self.loading = False
 
     def bytes_loaded(self) -> int:
         return 0
-
-    def finish_load(self) -> BytesRead:
-        assert self.may_load.wait(20)
-        checkpoint, slots, epoch = self._load
-        self.loading = False
-        return self.host.load(checkpoint, slots, epoch=epoch)
 
     def stop(self) -> None:
         self.host.stop()
@@ -65,18 +111,31 @@ class ThreadHost(ExpertHostHandle):
     def kill(self) -> None:
         self.dead = self.cannot_load = True
         self.host.stop()
-        self.died()
+        self.spawner.changed_now()
+
+    def _answer(self) -> None:
+        if self.dead or self.silent:
+            raise ClusterError(f"{self.host.host_id}: is dead")
 
 
 class ThreadRouter(RouterHandle):
     """A router in this process; `start` makes it, so that a failure shows where a Ray actor's would."""
 
-    def __init__(self, name: str, start: Callable[[], RouterProcess], died: Callable[[], None]) -> None:
-        self.name, self.pid, self.node = name, id(self) % 100_000 + 1, "here"
-        self._make = start
+    def __init__(self, spawner: ThreadSpawner, name: str, start: Callable[[], RouterProcess]) -> None:
+        self.actor_name = f"{name}.{next(spawner.numbers)}"
+        self.pid, self.node = id(self) % 100_000 + 1, "here"
+        self.spawner, self._make = spawner, start
         self.router: RouterProcess | None = None
-        self.dead = False
-        self.died = died
+        self.dead = self.silent = False
+
+    def locate(self, timeout_s: float = 0.0) -> None:
+        self._alive()
+
+    def poll(self) -> RouterReport | None:
+        return None if self.silent or self.dead or self.router is None else self.router.report()
+
+    def call(self, method: str, *args: Any, timeout_s: float = 0.0) -> Any:
+        return getattr(self._alive(), method)(*args)
 
     def finish_start(self) -> str:
         self.router = self._make()
@@ -90,9 +149,12 @@ class ThreadRouter(RouterHandle):
         self._alive().adopt(table, hosts)
 
     def _alive(self) -> RouterProcess:
-        if self.dead or self.router is None:
-            raise ClusterError(f"{self.name}: is dead")
+        if self.dead or self.silent or self.router is None:
+            raise ClusterError(f"{self.actor_name}: is dead")
         return self.router
+
+    def bytes_loaded(self) -> int:
+        return 0
 
     def stop(self) -> None:
         if self.router is not None:
@@ -101,36 +163,58 @@ class ThreadRouter(RouterHandle):
     def kill(self) -> None:
         self.dead = True
         self.stop()
-        self.died()
+        self.spawner.changed_now()
 
 
 class ThreadSpawner(Spawner):
-    """Makes `ThreadHost`s and `ThreadRouter`s. `before` is called with the name of each before it is made."""
+    """Makes `ThreadHost`s and `ThreadRouter`s.
+
+    Attributes:
+        made: names of all that were made, in order.
+        hosts, routers: the last one of each name.
+        before: called with the name of each before it is made.
+        after_host: called with each host once it is made.
+        room: how many more processes `check_room` allows.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("threads")
         self.changed = threading.Condition()
+        self.numbers = itertools.count()
         self.made: list[str] = []
+        self.actors: dict[str, ThreadHost | ThreadRouter] = {}
         self.hosts: dict[str, ThreadHost] = {}
         self.routers: dict[str, ThreadRouter] = {}
         self.before: Callable[[str], None] = lambda name: None
         self.after_host: Callable[[ThreadHost], None] = lambda host: None
         self.room = 100
 
-    def _died(self) -> None:
+    def changed_now(self) -> None:
         with self.changed:
             self.changed.notify_all()
 
-    def check_room(self, deployment: Deployment, *, hosts: int) -> None:
-        if hosts > self.room:
-            raise ClusterError(f"{hosts - self.room} more CPUs")
+    def check_room(
+        self, deployment: Deployment, *, hosts: int = 0, routers: int = 0, running: tuple[int, int] = (0, 0)
+    ) -> None:
+        if hosts + routers > self.room:
+            raise NoRoomError(f"{hosts + routers - self.room} more CPUs")
 
-    def expert_host(self, host_id: str, deployment: Deployment) -> ExpertHostHandle:
+    def expert_host(self, host_id: str, deployment: Deployment, *, gently: bool = False) -> ExpertHostHandle:
         self.before(host_id)
         self.made.append(host_id)
-        handle = ThreadHost(ExpertHost(host_id, compute=compute(deployment, gpus=0)), self._died)
-        self.hosts[host_id] = handle
+        handle = self._made_host(host_id, deployment)
+        handle.become(host_id)
         self.after_host(handle)
+        return handle
+
+    def standby(self, deployment: Deployment) -> ExpertHostHandle:
+        self.before("standby")
+        self.made.append("standby")
+        return self._made_host("standby", deployment)
+
+    def _made_host(self, label: str, deployment: Deployment) -> ThreadHost:
+        handle = ThreadHost(self, label, ExpertHost("", compute=compute(deployment, gpus=0)))
+        self.actors[handle.actor_name] = handle
         return handle
 
     def router(
@@ -138,11 +222,11 @@ class ThreadSpawner(Spawner):
         router_id: str,
         deployment: Deployment,
         *,
-        checkpoint: Path,
         settings: RouterSettings,
         table: PlacementTable,
         hosts: Mapping[str, HostAddresses],
         secret: bytes,
+        gently: bool = False,
     ) -> RouterHandle:
         self.before(router_id)
         self.made.append(router_id)
@@ -150,7 +234,7 @@ class ThreadSpawner(Spawner):
         def start() -> RouterProcess:
             return RouterProcess(
                 router_id,
-                checkpoint=checkpoint,
+                checkpoint=checkpoint_path(deployment.model),
                 compute=compute(deployment, gpus=0),
                 settings=settings,
                 table=table,
@@ -162,9 +246,30 @@ class ThreadSpawner(Spawner):
                 threads=1,
             )
 
-        handle = ThreadRouter(router_id, start, self._died)
+        handle = ThreadRouter(self, router_id, start)
+        self.actors[handle.actor_name] = handle
         self.routers[router_id] = handle
         return handle
+
+    def attach_host(self, actor_name: str) -> ExpertHostHandle:
+        found = self.actors[actor_name]
+        assert isinstance(found, ThreadHost), actor_name
+        found.locate()
+        return found
+
+    def attach_router(self, actor_name: str) -> RouterHandle:
+        found = self.actors[actor_name]
+        assert isinstance(found, ThreadRouter), actor_name
+        found.locate()
+        return found
+
+    def sweep(self, keep: set[str]) -> None:
+        for name, handle in self.actors.items():
+            if name not in keep:
+                handle.stop()
+
+    def close(self) -> None:
+        pass
 
     def wait_for_deaths(self, handles: Mapping[str, ExpertHostHandle | RouterHandle], *, timeout_s: float) -> list[str]:
         def dead() -> list[str]:
@@ -179,12 +284,13 @@ class ThreadSpawner(Spawner):
             return dead()
 
 
-def deployment(checkpoint: Path, hosts: int = 2, routers: int = 1, min_replicas: int = 1) -> Deployment:
+def deployment(checkpoint: Path, hosts: int = 2, routers: int = 1, min_replicas: int = 1, **experts: Any) -> Deployment:
     return Deployment.from_dict(
         {
             "model": str(checkpoint),
-            "experts": {"hosts": hosts, "min_replicas": min_replicas},
-            "routers": {"replicas": routers, "cache_tokens": 512},
+            "experts": {"hosts": hosts, "min_replicas": min_replicas, **experts},
+            "routers": {"replicas": routers, "cache_tokens": 512, "drain_timeout_s": 0.5},
+            "supervision": {"heartbeat_s": 0.1, "stuck_after_s": 0.5, "replace_after_s": 1.0, "lease_s": 600.0},
         }
     )
 

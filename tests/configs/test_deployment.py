@@ -37,6 +37,29 @@ def test_defaults_describe_the_embedded_model() -> None:
         ({"experts": []}, ["experts = []"]),
         ({"routers": {"page_size": True}}, ["routers.page_size = True"]),
         ({"routers": {"token_budget": 8}}, ["token_budget = 8 is below max_running = 64", "raise the first"]),
+        (
+            {"autoscale": {"experts": {"min_hosts": 5, "max_hosts": 4}}},
+            ["autoscale.experts: min_hosts = 5 must be at most max_hosts = 4"],
+        ),
+        (
+            {"autoscale": {"experts": {"low_utilisation": 0.8}}},
+            ["autoscale.experts: low_utilisation = 0.8 must be below high_utilisation = 0.8"],
+        ),
+        ({"autoscale": {"experts": {"high_utilisation": 80}}}, ["high_utilisation = 80", "less than or equal to 1"]),
+        (
+            {"autoscale": {"routers": {"min_routers": 5}}},
+            ["autoscale.routers: min_routers = 5 must be at most max_routers = 4"],
+        ),
+        (
+            {"autoscale": {"routers": {"low_kv_use": 0.95}}},
+            ["autoscale.routers: low_kv_use = 0.95 must be below high_kv_use = 0.9"],
+        ),
+        ({"autoscale": {"routers": {"cooldown_s": -1}}}, ["autoscale.routers.cooldown_s = -1"]),
+        (
+            {"experts": {"min_replicas": 2}, "autoscale": {"experts": {"enabled": True, "max_hosts": 1}}},
+            ["my.yaml: autoscale.experts.max_hosts = 1 is below experts.min_replicas = 2", "distinct hosts"],
+        ),
+        ({"supervision": {"stuck_after_s": 20}}, ["supervision: ", "stuck_after_s = 20", "longer than the one before"]),
         ({"dtype": "float16"}, ["dtype = 'float16'", "bfloat16"]),
         ({"link": "ethernet"}, ["link = 'ethernet'", "gloo"]),
         ({"max_context": 1}, ["max_context = 1"]),
@@ -51,6 +74,13 @@ def test_refusals_name_key_and_value(raw: dict[str, Any], messages: list[str]) -
     assert str(refusal.value).startswith("my.yaml: ")
     for message in messages:
         assert message in str(refusal.value)
+
+
+def test_nothing_scales_by_itself_unless_it_is_enabled() -> None:
+    autoscale = Deployment.from_dict({}).autoscale
+    assert (autoscale.experts.enabled, autoscale.routers.enabled) == (False, False)
+    # What is not enabled may be inconsistent with the rest.
+    Deployment.from_dict({"experts": {"min_replicas": 2}, "autoscale": {"experts": {"max_hosts": 1}}})
 
 
 def test_whole_numbers_do_for_times() -> None:

@@ -1,0 +1,148 @@
+"""One expert host as a router's dispatch sees it: its link, the work it has been given and owes, and whether it is late."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import torch
+
+from ..configs.errors import LinkError
+from .deadline import Deadline
+from .host_latency import HostLatency
+from .links.base import FRAMES_IN_FLIGHT, Link
+from .moe_frames import Kind, MoeHeader
+from .pending_experts import PendingExperts, Share
+
+_AVOID_AFTER_REFUSAL_S = 1.0
+"""A host that refused its work is spared more of it for so long, where others have its experts: it may be short of memory,
+or not serve this epoch any more, and asking it first would cost every layer a round trip."""
+
+
+class HostLine:
+    """The work of one host, over one link. Nothing here waits for the host, but for `receive` as long as it is told to.
+
+    Several shares may be on their way; replies come in the order of the shares. Only so many are sent as the link takes
+    unread: the rest queues here, so that no send ever waits for a host that has stopped reading.
+
+    Args:
+        reply_timeout_s: bounds every single operation on the link.
+        clock: in seconds; what `due` and `Share.sent_at` are measured on.
+
+    Attributes:
+        owed: shares that were sent and not answered, in order.
+        due: when the first of them should have been answered; infinity if nothing is owed. For any thread.
+        late: it was found to be past `due`; cleared by its next reply. For any thread.
+    """
+
+    def __init__(self, host: str, link: Link, *, reply_timeout_s: float, clock: Callable[[], float]) -> None:
+        self.host = host
+        self.link = link
+        self.latency = HostLatency()
+        self.owed: deque[Share] = deque()
+        self.due = math.inf
+        self.late = False
+        self._queued: deque[Share] = deque()
+        self._reply_timeout_s = reply_timeout_s
+        self._clock = clock
+        self._waiting_since = -math.inf  # silence counts from here: the first share's sending, or the reply before it
+        self._avoid_until = -math.inf
+
+    def shares_of(self, claim: PendingExperts) -> Iterator[Share]:
+        """What the host was asked for of one layer and has not answered."""
+        return (share for share in chain(self.owed, self._queued) if share.claim is claim)
+
+    @property
+    def needed(self) -> bool:
+        """Whether a step waits for what the host owes."""
+        return any(share.claim.wants(share) for share in chain(self.owed, self._queued))
+
+    @property
+    def to_be_avoided(self) -> bool:
+        """Whether others should be asked where there are any: it is late, or refused its last work."""
+        return self.late or self._clock() < self._avoid_until
+
+    @property
+    def silent_s(self) -> float:
+        """For how long it has owed an answer and said nothing."""
+        return self._clock() - self._waiting_since if self.owed else 0.0
+
+    @property
+    def silence_limit_s(self) -> float:
+        """How long a silence may be before the host is given up: as long as it may last if a step waits for the host."""
+        if self.needed:
+            return self._reply_timeout_s
+        return min(self._reply_timeout_s, self.latency.fence_after_s(len(self.owed[0].pairs)))
+
+    def post(self, share: Share) -> None:
+        """Send a share, or queue it until the host has answered earlier ones.
+
+        Raises:
+            LinkError: the host is lost.
+        """
+        self._queued.append(share)
+        self.send_queued()
+
+    def send_queued(self) -> None:
+        """Send what has queued, as far as the link takes it; what nobody waits for any more is left out.
+
+        Raises:
+            LinkError: the host is lost.
+        """
+        while self._queued and len(self.owed) < FRAMES_IN_FLIGHT:
+            share = self._queued.popleft()
+            if not share.claim.wants(share):
+                continue
+            header = MoeHeader(Kind.WORK, share.claim.layer, share.claim.epoch, share.sequence).pack()
+            self.link.send(header, share.claim.frame(share), deadline=Deadline.after(self._reply_timeout_s))
+            share.sent_at = self._clock()
+            self.owed.append(share)
+            if len(self.owed) == 1:
+                self._wait_for_first(share.sent_at)
+
+    def receive(self, wait_s: float) -> tuple[Share, MoeHeader, tuple[torch.Tensor, ...]] | None:
+        """The next reply and the share it answers; None if it does not begin to arrive within `wait_s`.
+
+        The tensors stay valid until the next call.
+
+        Raises:
+            LinkError: the host is lost, or said something that is no reply to its work.
+        """
+        share = self.owed[0]
+        if not self.link.wait(deadline=Deadline.after(wait_s)):
+            return None
+        # The rest of a frame follows its beginning at once, unless the host stops right there; and not every link can give
+        # up a frame half-way without being lost.
+        patience = min(self._reply_timeout_s, self.latency.fence_after_s(len(share.pairs)))
+        frame = self.link.recv(deadline=Deadline.after(patience))
+        try:
+            header = MoeHeader.unpack(frame.header)
+        except ValueError as error:
+            raise LinkError(self.host, f"sent a reply that is none ({error})") from error
+        if header.kind not in (Kind.DONE, Kind.FAILED) or header.sequence != share.sequence:
+            raise LinkError(self.host, f"sent {header.kind.name} {header.sequence} as reply to {share.sequence}")
+        now = self._clock()
+        if header.kind is Kind.DONE:  # refusing takes no time
+            self.latency.record(len(share.pairs), now - self._waiting_since)
+        self.owed.popleft()
+        self.late = False
+        self._wait_for_first(now)
+        return share, header, frame.tensors
+
+    def refused(self) -> None:
+        """The host has just refused its work: let others be asked for some time."""
+        self._avoid_until = self._clock() + _AVOID_AFTER_REFUSAL_S
+
+    def excuse(self, seconds: float) -> None:
+        """Do not count so much of the silence so far: this process was held up itself, and could not have heard anything."""
+        self._waiting_since += seconds
+        self.due += seconds
+
+    def _wait_for_first(self, since: float) -> None:
+        self._waiting_since = since
+        if self.owed:
+            self.due = since + min(self._reply_timeout_s, self.latency.allowed_s(len(self.owed[0].pairs)))
+        else:
+            self.due = math.inf

@@ -1,0 +1,285 @@
+"""Brings processes up and takes them down: fresh ones, warm ones, and those that another controller left."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from ..actors.placement_table import PlacementTable
+from ..actors.router import RouterSettings
+from ..actors.weight_copy import Sources, WeightSource
+from ..configs.errors import ClusterError, MorayError
+from ..model.reader import BytesRead
+from .handles import LOAD_TIMEOUT_S, SPAWN_TIMEOUT_S
+from .ledger import KeptProcess
+from .registry import Host, Registry, Router, pairs_held
+from .spawning import Spawner
+
+logger = logging.getLogger("moray.controller")
+
+T = TypeVar("T")
+
+_LOAD_POLL_S = 0.2
+_ROOM_AFTER_S = 10.0
+"""How long a process may take to come up before it is asked whether there is room for it at all: Ray needs a moment to see
+that a dead process's resources are free."""
+
+
+class GaveWayError(ClusterError):
+    """A change was given up for the sake of something more urgent."""
+
+
+class Launcher:
+    """Knows how each kind of process starts. What it changes in the registry it also saves.
+
+    Args:
+        checkpoint: to read weights from.
+        settings: of every router.
+    """
+
+    def __init__(self, registry: Registry, spawner: Spawner, checkpoint: Path, settings: RouterSettings) -> None:
+        self._registry = registry
+        self._spawner = spawner
+        self._deployment = registry.deployment
+        self._checkpoint = checkpoint
+        self._settings = settings
+        self._standby_numbers = itertools.count()
+
+    # ---- expert hosts -------------------------------------------------------------------------------------------------
+
+    def new_host(self, name: str, *, gently: bool) -> Host:
+        """Have a process become this host: a warm one if there is any, else a fresh one."""
+        registry = self._registry
+        with registry.lock:
+            warm = self._take_standby()
+            host = registry.hosts.get(name)
+            if host is None:
+                host = registry.hosts[name] = Host(name)
+            host.addresses, host.bytes_read, host.report = (), BytesRead(0, 0), None
+        if warm is not None and warm.handle is not None:
+            warm.handle.become(name)
+            host.handle = warm.handle
+        else:
+            host.handle = self._spawner.expert_host(name, self._deployment, gently=gently)
+        registry.save()
+        return host
+
+    def _take_standby(self) -> Host | None:
+        standby = self._registry.standby
+        warmest = sorted(standby, key=lambda name: standby[name].state != "standby")
+        return standby.pop(warmest[0]) if warmest else None
+
+    def fill_standby(self) -> None:
+        """Start warm processes until there are as many as were asked for."""
+        registry = self._registry
+        while len(registry.standby) < self._deployment.experts.standby:
+            name = f"standby-{next(self._standby_numbers)}"
+            handle = self._spawner.standby(self._deployment)
+            with registry.lock:
+                registry.standby[name] = Host(name, handle, heard=time.monotonic())
+            registry.save()
+
+    def open_host(self, host: Host, table: PlacementTable, *, gently: bool, urgent: bool = False) -> None:
+        """Have it listen and begin to load; routers may link to it meanwhile.
+
+        Args:
+            host: spawned.
+            table: that it is to serve.
+            gently: leave the cores to processes that serve.
+            urgent: do not wait long for a process that there is no room for.
+
+        Raises:
+            MorayError: it did not come up.
+        """
+        handle = host.handle
+        assert handle is not None, f"{host.name} has no process"
+        if not handle.pid:
+            try:
+                handle.locate(_ROOM_AFTER_S if urgent else SPAWN_TIMEOUT_S)
+            except ClusterError:
+                if not urgent:
+                    raise
+                self._spawner.check_room(self._deployment, hosts=1, running=self.running())
+                handle.locate(SPAWN_TIMEOUT_S - _ROOM_AFTER_S)
+        addresses = handle.listen(self._deployment.link, self._registry.secret)
+        with self._registry.lock:
+            host.addresses = addresses
+        self._registry.save()
+        self.begin_load(host, table, gently=gently)
+
+    def begin_load(self, host: Host, table: PlacementTable, *, gently: bool) -> None:
+        """Have it read and copy what it does not hold of its slots in `table`; `gently` beside others that serve."""
+        assert host.handle is not None, f"{host.name} has no process"
+        host.handle.begin_load(
+            self._checkpoint,
+            table.slots[host.name],
+            table.epoch,
+            sources=self._sources(host.name, table),
+            link=self._deployment.link,
+            secret=self._registry.secret,
+            gently=gently,
+        )
+
+    def _sources(self, host: str, table: PlacementTable) -> Sources:
+        """Which hosts could give `host` what it needs: those that serve."""
+        if not self._deployment.experts.copy_weights:
+            return {}
+        registry, needed = self._registry, pairs_held(table, host)
+        with registry.lock:
+            current = registry.table
+            return {
+                name: WeightSource(peer.addresses, held)
+                for name, peer in registry.serving_hosts().items()
+                if name != host and name in current.slots and (held := pairs_held(current, name) & needed)
+            }
+
+    def finish_load(self, host: Host, *, give_way: threading.Event | None = None) -> None:
+        """Wait until it has all of its slots.
+
+        Raises:
+            GaveWayError: `give_way` was set first.
+            MorayError: it could not load.
+        """
+        handle = host.handle
+        assert handle is not None, f"{host.name} has no process"
+        give_up = time.monotonic() + LOAD_TIMEOUT_S
+        while (read := handle.loaded(_LOAD_POLL_S)) is None:
+            if give_way is not None and give_way.is_set():
+                raise GaveWayError(f"{host.name} was still loading when a host had to be restored")
+            if time.monotonic() > give_up:
+                raise ClusterError(f"{host.name} did not load its experts within {LOAD_TIMEOUT_S:.0f} s")
+        with self._registry.lock:
+            host.bytes_read += read
+
+    def host_ready(self, host: Host) -> None:
+        """It serves from now on."""
+        with self._registry.lock:
+            host.heard = time.monotonic()
+            self._registry.set_state(host, "ready")
+
+    def remove_host(self, name: str) -> None:
+        """End a host and forget it."""
+        with self._registry.lock:
+            host = self._registry.hosts.pop(name, None)
+        if host is not None and host.handle is not None:
+            host.handle.stop()
+        self._registry.save()
+
+    # ---- routers ------------------------------------------------------------------------------------------------------
+
+    def new_router(self, name: str, *, gently: bool) -> Router:
+        """Start a router on the table that is in force."""
+        registry = self._registry
+        with registry.lock:
+            router = registry.routers.get(name)
+            if router is None:
+                router = registry.routers[name] = Router(name)
+            table = registry.table
+            router.address, router.report, router.epoch = "", None, table.epoch
+            serving = registry.serving_hosts()
+            hosts = {host: h.addresses for host, h in registry.hosts.items() if host in table.slots and h.addresses}
+        # One that is away now, and is known to be, is linked to when it is back.
+        away = set(hosts) - set(serving) if serving else set()
+        router.handle = self._spawner.router(
+            name,
+            self._deployment,
+            settings=self._settings,
+            table=table,
+            hosts={host: addresses for host, addresses in hosts.items() if host not in away},
+            secret=registry.secret,
+            gently=gently,
+        )
+        registry.save()
+        return router
+
+    def finish_router(self, router: Router) -> None:
+        """Wait until it serves, on the table that is in force by then.
+
+        Raises:
+            MorayError: it did not start.
+        """
+        registry = self._registry
+        handle = router.handle
+        assert handle is not None, f"{router.name} has no process"
+        address = handle.finish_start()
+        with registry.lock:
+            table = registry.table
+        if table.epoch != router.epoch:
+            handle.adopt(table, registry.host_addresses(table))
+            router.epoch = table.epoch
+        with registry.lock:
+            router.address, router.bytes_read, router.heard = address, handle.bytes_read, time.monotonic()
+            registry.set_state(router, "ready")
+        registry.save()
+
+    def remove_router(self, name: str) -> None:
+        """End a router and forget it."""
+        with self._registry.lock:
+            router = self._registry.routers.pop(name, None)
+        if router is not None and router.handle is not None:
+            router.handle.stop()
+        self._registry.save()
+
+    # ---- taking over --------------------------------------------------------------------------------------------------
+
+    def attach(self, kept: KeptProcess) -> None:
+        """Take a process over that another controller started; one that is gone, or had not come up, shows as dead."""
+        registry, now = self._registry, time.monotonic()
+        try:
+            if kept.role == "expert_host":
+                host = Host(kept.name, addresses=kept.addresses, heard=now)
+                registry.hosts[kept.name] = host
+                host.handle = self._spawner.attach_host(kept.actor)
+                if not kept.addresses:
+                    raise ClusterError("it had not come up")
+            else:
+                router = Router(kept.name, address=kept.address, heard=now)
+                registry.routers[kept.name] = router
+                router.handle = self._spawner.attach_router(kept.actor)
+                router.report = router.handle.call("report")
+                if router.report is None or not kept.address:
+                    raise ClusterError("it had not come up")
+                router.epoch = router.report.epoch
+        except MorayError as error:
+            registry.set_state(registry.hosts.get(kept.name) or registry.routers[kept.name], "dead", str(error))
+        else:
+            registry.set_state(registry.hosts.get(kept.name) or registry.routers[kept.name], "ready")
+
+    def attach_standby(self, actor: str) -> None:
+        """Take a warm process over."""
+        name = f"standby-{next(self._standby_numbers)}"
+        try:
+            handle = self._spawner.attach_host(actor)
+        except MorayError as error:
+            logger.info("event=standby_lost process=%s reason=%s", actor, error)
+        else:
+            with self._registry.lock:
+                self._registry.standby[name] = Host(name, handle, state="standby", heard=time.monotonic())
+
+    def running(self) -> tuple[int, int]:
+        """How many processes of each kind there are: hosts with warm ones, and routers."""
+        with self._registry.lock:
+            return len(self._registry.hosts) + len(self._registry.standby), len(self._registry.routers)
+
+
+def side_by_side(function: Callable[[T], None], items: Iterable[T]) -> list[MorayError]:
+    """Call `function` with each item, all at once, and wait; the errors of ours that were raised."""
+    waiting: Sequence[T] = list(items)
+    if not waiting:
+        return []
+
+    def call(item: T) -> MorayError | None:
+        try:
+            function(item)
+        except MorayError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(waiting), thread_name_prefix="moray-calls") as pool:
+        return [error for error in pool.map(call, waiting) if error is not None]

@@ -1,0 +1,172 @@
+"""The flags of `moray plan`. What it does is imported when it is needed: the flags alone must not wait for torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...configs.deployment import EMBEDDED_MODEL, Deployment
+from ...configs.errors import CheckpointError, ClusterError
+
+if TYPE_CHECKING:
+    from ...model.config import ModelConfig
+    from .nodes import NodeGroup
+
+
+def add_plan(commands: Any) -> None:
+    """Add `plan` to the command's sub-parsers."""
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a model fits on nodes that need not exist yet, and what to expect there",
+        description="Computes from a model's config.json, without its weights, what is where, what a step costs, how many "
+        "tokens a second to expect, and what is short. Exit status 1 where it does not fit.",
+    )
+    plan.add_argument("model", metavar="MODEL", help=f"config.json, a directory with one, or {EMBEDDED_MODEL}")
+    where = plan.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--nodes", metavar="LIST", help="NODESxGPUSxKIND as in 3x8xL40S, or 2xcpu:512 (GiB); with commas between"
+    )
+    where.add_argument(
+        "--nodes-file", type=Path, metavar="FILE", help="YAML: GPUs, memory, network, disk, price of each group"
+    )
+    where.add_argument(
+        "--from-cluster", nargs="?", const="auto", metavar="ADDRESS", help="the nodes of a running Ray cluster"
+    )
+    plan.add_argument("--memory", type=_above_zero, metavar="GIB", help="each node's own memory")
+    plan.add_argument("--network", type=_above_zero, metavar="GBIT", help="each node's network, Gbit/s")
+    plan.add_argument("--disk", type=_above_zero, metavar="GB", help="what each node reads of the checkpoint, GB/s")
+    plan.add_argument("--price", type=_above_zero, metavar="PRICE", help="of all nodes together, an hour")
+    plan.add_argument(
+        "--config", type=Path, metavar="FILE", help="deployment file to plan for (see configs/deployments)"
+    )
+    plan.add_argument(
+        "--experts", type=_at_least_one, metavar="N", help="expert hosts (default: a GPU each, all that are left)"
+    )
+    plan.add_argument("--routers", type=_at_least_one, metavar="N", help="routers")
+    plan.add_argument("--min-replicas", type=_at_least_one, metavar="N", help="copies of each expert")
+    plan.add_argument("--kv-cache", choices=["auto", "fp8"], help="how KV pages are kept")
+    plan.add_argument(
+        "--context", type=_at_least_one, metavar="TOKENS", help="of one request, prompt and answer (default 8192)"
+    )
+    plan.add_argument(
+        "--cache-tokens", type=_at_least_one, metavar="TOKENS", help="KV pages of each router (default: all that fit)"
+    )
+    plan.add_argument(
+        "--batches", type=_numbers, metavar="LIST", help="requests at once to compute a step for, as in 1,32,256"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON, with every slot")
+    plan.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the memory and a step")
+    plan.set_defaults(run=_plan)
+
+
+def _at_least_one(text: str) -> int:
+    if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
+    return number
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_at_least_one(part.strip()) for part in text.split(","))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+    import sys
+
+    from rich.console import Console
+
+    from .picture import draw
+    from .plan import DEFAULT_BATCHES, make_plan
+    from .report import show
+
+    name, config = read_model(options.model)
+    plan = make_plan(
+        name,
+        config,
+        _nodes(options),
+        _deployment(options),
+        hosts=options.experts,
+        context=options.context,
+        cache_tokens=options.cache_tokens,
+        batches=options.batches or DEFAULT_BATCHES,
+    )
+    if options.picture is not None:
+        try:
+            options.picture.write_text(draw(plan), encoding="utf-8")
+        except OSError as error:
+            raise ClusterError(f"--picture {options.picture}: cannot be written ({error})") from error
+    if options.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        show(plan, Console(width=None if sys.stdout.isatty() else _WIDTH))
+    return 0 if plan.fits else 1
+
+
+_WIDTH = 200
+"""Of tables where nobody can say how wide the screen is."""
+
+
+def read_model(model: str) -> tuple[str, ModelConfig]:
+    """Name and architecture of a model given as a config.json, a directory with one, or the embedded one's name.
+
+    Raises:
+        ConfigError, CheckpointError: there is none, or it is of a model that cannot be served.
+    """
+    import json
+
+    from ...model.config import ModelConfig
+    from ..assembly import checkpoint_path
+
+    path = Path(model).expanduser()
+    if not path.is_file():
+        return Path(model).absolute().name, ModelConfig.load(checkpoint_path(model))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: holds {type(raw).__name__}, not an object")
+    return path.stem if path.name != "config.json" else path.absolute().parent.name, ModelConfig.from_dict(
+        raw, source=str(path)
+    )
+
+
+def _nodes(options: argparse.Namespace) -> tuple[NodeGroup, ...]:
+    from .nodes import load_nodes, parse_nodes, with_figures
+
+    if options.nodes is not None:
+        groups = parse_nodes(options.nodes)
+    elif options.nodes_file is not None:
+        groups = load_nodes(options.nodes_file)
+    else:
+        from .ray_nodes import read_cluster
+
+        groups = read_cluster(options.from_cluster)
+    return with_figures(
+        groups, memory_gib=options.memory, network_gbit_s=options.network, disk_gb_s=options.disk, price=options.price
+    )
+
+
+def _deployment(options: argparse.Namespace) -> Deployment:
+    raw: dict[str, Any] = Deployment.load(options.config).model_dump() if options.config else {}
+    given = {
+        ("routers", "replicas"): options.routers,
+        ("routers", "kv_cache"): options.kv_cache,
+        ("experts", "min_replicas"): options.min_replicas,
+    }
+    for (section, key), value in given.items():
+        if value is not None:
+            raw.setdefault(section, {})[key] = value
+    return Deployment.from_dict(raw, source="moray plan")

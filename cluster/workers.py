@@ -1,0 +1,289 @@
+"""What runs inside the processes of a cluster: Ray actors around the plain classes, and what only a process needs.
+
+Nothing heavy is imported at the top. Ray imports this module in the main thread of a new process; torch and the rest follow
+in a thread whose weight can be lowered, so that a process which comes up beside serving ones leaves the cores to them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from ..actors.background import run_in_background
+
+if TYPE_CHECKING:
+    from ..actors.expert_host import ExpertHost
+    from ..actors.links import LinkAddress, LinkKind
+    from ..actors.placement_table import PlacementTable
+    from ..actors.reports import HostReport, RouterReport
+    from ..actors.router_process import HostAddresses, RouterProcess
+    from ..model.compute import Compute
+    from ..model.reader import BytesRead
+
+T = TypeVar("T")
+
+logger = logging.getLogger("moray.worker")
+
+_LEASE_CHECKS = 10
+"""Looks at the lease in its length."""
+
+_NICENESS = 10
+"""Of a process that comes up beside serving ones: a ninth of the weight. With less it would starve where these never rest."""
+
+START_TIMEOUT_S = 600.0
+"""For imports and the first allocation on a device; a network disk can make them slow."""
+
+
+class _Worker:
+    """What every process has: it says where it is, and ends when it is told to, or when no controller speaks to it any more.
+
+    Args:
+        lease_s: how long without a word from a controller.
+    """
+
+    def __init__(self, lease_s: float) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        self._lease_s = lease_s
+        self._heard = time.monotonic()
+        self._watcher = ""
+        self._watched = threading.Condition()
+        threading.Thread(target=self._keep_lease, name="moray-lease", daemon=True).start()
+
+    def where(self) -> tuple[int, str, str]:
+        """Process id, node address and Ray's id of the node."""
+        import ray
+
+        self._heard = time.monotonic()
+        return os.getpid(), _node_ip(), ray.get_runtime_context().get_node_id()
+
+    def watch(self, watcher: str) -> None:
+        """Return once `stop` was called; a caller that waits for it learns at once when the process dies.
+
+        There is one watcher, the controller: a call by another one ends that of the one before, which is dead.
+        """
+        with self._watched:
+            self._watcher = watcher
+            self._watched.notify_all()
+            while self._watcher == watcher and not self._stopped(0.0):
+                self._watched.wait(1.0)
+
+    def _stopped(self, timeout_s: float) -> bool:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End what runs here. Idempotent."""
+        raise NotImplementedError
+
+    def _ended(self) -> None:
+        with self._watched:
+            self._watched.notify_all()
+
+    def _keep_lease(self) -> None:
+        while not self._stopped(self._lease_s / _LEASE_CHECKS):
+            silent = time.monotonic() - self._heard
+            if silent > self._lease_s:
+                logger.error(
+                    "event=lease_ended silent_s=%.0f: no controller has asked for this process; it ends", silent
+                )
+                self.stop()
+                os._exit(1)
+
+
+class ExpertHostWorker(_Worker):
+    """An expert host, or a warm process that becomes one.
+
+    Args:
+        compute: where and in what the experts compute.
+        threads: compute threads.
+        gently: come up and load in a thread of little weight.
+        model: checkpoint to warm up for; None to leave that to the first request.
+    """
+
+    def __init__(
+        self, compute: Mapping[str, Any], *, threads: int, lease_s: float, gently: bool, model: Path | None
+    ) -> None:
+        self._stopping = threading.Event()
+        super().__init__(lease_s)
+        self._host: ExpertHost = _started(lambda: _expert_host(compute, threads, model), gently)
+        from ..model.progress import CountingProgress
+
+        self._progress = CountingProgress()
+
+    def become(self, host_id: str) -> None:
+        """Be this expert host from now on."""
+        self._host.become(host_id)
+
+    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
+        """Listen for every kind that the deployment's `link` may turn into on this node."""
+        kinds: list[LinkKind] = [link] if link != "auto" else ["shm", "gloo"]
+        if link == "auto" and self._host.compute.device.type == "cuda":
+            kinds.append("nccl")
+        return [self._host.listen(kind, bind_host=_node_ip(), secret=secret) for kind in kinds]
+
+    def load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int, how: Mapping[str, Any]) -> BytesRead:
+        """See `ExpertHost.load`; `how` are its other arguments."""
+        return self._host.load(checkpoint, slots, epoch=epoch, progress=self._progress, **how)
+
+    def retire(self, epoch: int) -> None:
+        """See `ExpertHost.retire`."""
+        self._host.retire(epoch)
+
+    def abandon(self, epoch: int) -> None:
+        """See `ExpertHost.abandon`."""
+        self._host.abandon(epoch)
+
+    def report(self) -> HostReport:
+        """See `ExpertHost.report`; renews the lease."""
+        self._heard = time.monotonic()
+        return self._host.report()
+
+    def bytes_loaded(self) -> int:
+        """Bytes of tensors read and copied so far."""
+        return self._progress.done
+
+    def inject(self, fault: str, seconds: float, settings: dict[str, Any]) -> int:
+        """See `FaultPoints.inject`: for `moray chaos`. Who can call this can call anything in this process."""
+        links: int = self._host.inject(fault, seconds, **settings)  # type: ignore[attr-defined]  # see `_expert_host`
+        return links
+
+    def stop(self) -> None:
+        """See `ExpertHost.stop`."""
+        self._stopping.set()
+        self._host.stop()
+        self._ended()
+
+    def _stopped(self, timeout_s: float) -> bool:
+        return self._stopping.wait(timeout_s)
+
+
+class RouterWorker(_Worker):
+    """A process that becomes a router: it can come up before the hosts it is to link to are known.
+
+    Args:
+        router_id: its id.
+        threads: compute threads.
+        gently: come up in a thread of little weight.
+    """
+
+    def __init__(self, router_id: str, *, threads: int, lease_s: float, gently: bool) -> None:
+        self._stopping = threading.Event()
+        super().__init__(lease_s)
+        self._router_id = router_id
+        self._threads = threads
+        self._router: RouterProcess | None = None
+        _started(_import_router, gently)
+        from ..model.progress import CountingProgress
+
+        self._progress = CountingProgress()
+
+    def start(self, compute: Mapping[str, Any], **settings: Any) -> tuple[str, BytesRead]:
+        """Become the `RouterProcess` with these settings; the address of its front channel, and bytes read."""
+        from ..actors.router_process import RouterProcess
+
+        router = RouterProcess(
+            self._router_id,
+            bind_host=_node_ip(),
+            threads=self._threads,
+            progress=self._progress,
+            compute=_compute(compute),
+            **settings,
+        )
+        self._router = router
+        return router.address, router.bytes_read
+
+    def bytes_loaded(self) -> int:
+        """Bytes of tensors read so far."""
+        return self._progress.done
+
+    def report(self) -> RouterReport | None:
+        """See `RouterProcess.report`; None before it has become a router. Renews the lease."""
+        self._heard = time.monotonic()
+        return None if self._router is None else self._router.report()
+
+    def relink(self, host: str, addresses: HostAddresses) -> None:
+        """See `RouterProcess.relink`."""
+        self._serving().relink(host, addresses)
+
+    def adopt(self, table: PlacementTable, hosts: Mapping[str, HostAddresses]) -> None:
+        """See `RouterProcess.adopt`."""
+        self._serving().adopt(table, hosts)
+
+    def _serving(self) -> RouterProcess:
+        from ..configs.errors import ClusterError
+
+        if self._router is None:
+            raise ClusterError(f"{self._router_id} has not become a router yet")
+        return self._router
+
+    def stop(self) -> None:
+        """Stop the router, if it has become one. Idempotent."""
+        self._stopping.set()
+        if self._router is not None:
+            self._router.stop()
+        self._ended()
+
+    def _stopped(self, timeout_s: float) -> bool:
+        if self._router is None:
+            return self._stopping.wait(timeout_s)
+        return self._router.stopped.wait(timeout_s)
+
+
+def _started(make: Callable[[], T], gently: bool) -> T:
+    return run_in_background(make, timeout_s=START_TIMEOUT_S, niceness=_NICENESS) if gently else make()
+
+
+def _expert_host(compute: Mapping[str, Any], threads: int, model: Path | None) -> ExpertHost:
+    import torch
+
+    from ..actors.expert_host import ExpertHost
+    from .chaos.fault_points import FaultPoints
+
+    class Host(FaultPoints, ExpertHost):
+        pass
+
+    torch.set_num_threads(threads)
+    host = Host("", compute=_compute(compute))
+    if model is not None:
+        host.warm_up(model)
+    return host
+
+
+def _import_router() -> None:
+    from ..actors import router_process  # noqa: F401  # for its own sake: it takes seconds
+
+
+def _compute(described: Mapping[str, Any]) -> Compute:
+    """What `described_compute` described: `Compute` itself would bring torch into the main thread with the arguments."""
+    import torch
+
+    from ..model.compute import Compute
+
+    return Compute(
+        device=torch.device(described["device"]),
+        dtype=getattr(torch, described["dtype"]),
+        keep_fp8=described["keep_fp8"],
+        fp8_kv=described["fp8_kv"],
+    )
+
+
+def described_compute(compute: Compute) -> dict[str, Any]:
+    """`compute` as plain data."""
+    return {
+        "device": str(compute.device),
+        "dtype": str(compute.dtype).removeprefix("torch."),
+        "keep_fp8": compute.keep_fp8,
+        "fp8_kv": compute.fp8_kv,
+    }
+
+
+def _node_ip() -> str:
+    """This node's address on Ray's network: where links and front channels listen."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address
