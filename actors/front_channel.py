@@ -40,9 +40,9 @@ OF_ROUTERS: Final = Heartbeat(every_s=0.5, silent_after_s=2.5)
 """A router's beats come from a thread that waits for nothing else, however long a step takes. Five in a row are missed only
 where the process is stopped or the network gone; a stream stands still for as long before it goes on elsewhere."""
 
-OF_FRONTS: Final = Heartbeat(every_s=0.5, silent_after_s=3.0)
+OF_FRONTS: Final = Heartbeat(every_s=0.5, silent_after_s=2.5)
 """A front's beats come from its event loop, which a burst of requests may keep busy for a second or two: that alone must not
-cut it off, and a silence may have begun half a second before."""
+cut it off. With the second until the controller asks, whoever looks knows of a front that stands still within five."""
 
 
 def encode(message: list[Any]) -> bytes:

@@ -127,8 +127,9 @@ class Handle(Generic[R]):
 
     def kill(self) -> None:
         """End it at once, also if it is stopped: Ray alone then takes it for dead and leaves the process."""
+        ended, _ = ray.wait([self.ended], timeout=0, fetch_local=False)
         ray.kill(self._actor)
-        if not self.pid:
+        if ended or not self.pid:
             return
         strategy = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
         killing = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=strategy).remote(self.pid)

@@ -217,12 +217,15 @@ class Registry:
             down = [m for m in self.members() if m.state in ("starting", "stuck", "dead")]
             down = [m for m in down if isinstance(m, Router) or m.name in table.slots]
             routers_up = any(router.state == "ready" for router in self.routers.values())
+            reports = [router.report for router in self.routers.values() if router.report is not None]
         replicas = self.live_replicas()
         wanted = self.deployment.experts.min_replicas
         reasons = [f"{m.name} is {m.state}{': ' if m.detail else ''}{m.detail}" for m in down]
         unreachable, missing = int((replicas == 0).sum()), int((replicas < wanted).sum())
         if missing and not unreachable and not down:
             reasons.append(f"{missing} (layer, expert) pairs have fewer than {wanted} replicas")
+        silent = sorted({front for report in reports for front in report.silent_fronts})
+        reasons += [f"{front} is silent: its routers gave it up" for front in silent]
         health: Health = "ok"
         if unreachable or not routers_up:
             health = "unavailable"

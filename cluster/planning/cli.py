@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...configs.deployment import EMBEDDED_MODEL, Deployment
-from ...configs.errors import CheckpointError, ClusterError
+from ...configs.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
@@ -106,7 +106,7 @@ def _plan(options: argparse.Namespace) -> int:
         try:
             options.picture.write_text(draw(plan), encoding="utf-8")
         except OSError as error:
-            raise ClusterError(f"--picture {options.picture}: cannot be written ({error})") from error
+            raise ConfigError(f"--picture {options.picture}: cannot be written ({error})") from error
     if options.json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:

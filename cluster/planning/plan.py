@@ -12,7 +12,6 @@ from ...configs.errors import ConfigError
 from ...model.config import ModelConfig
 from ..assembly import compute
 from . import assumptions
-from .assumptions import Assumption
 from .changes import Change, smallest_changes
 from .layout import Layout, lay_out, node_memory, node_problems
 from .nodes import NodeGroup
@@ -176,11 +175,6 @@ def _summary(layout: Layout) -> PlacementSummary:
     )
 
 
-def listed_assumptions() -> list[Assumption]:
-    """What every plan takes for granted."""
-    return list(assumptions.ALL)
-
-
 def _as_dict(plan: Plan) -> dict[str, Any]:
     sizes, layout = plan.sizes, plan.layout
     return {
@@ -217,7 +211,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "load_s": plan.load_s,
         "price_per_hour": plan.price_per_hour,
         "steps": [asdict(step) | {"limit": step.limit} for step in plan.steps],
-        "assumptions": [asdict(assumption) for assumption in listed_assumptions()],
+        "assumptions": [asdict(assumption) for assumption in assumptions.ALL],
     }
 
 

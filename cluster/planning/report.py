@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .assumptions import ALL, ROUTING, Assumption
 from .footprint import Device
 from .layout import node_memory
 from .nodes import GIB
-from .plan import Plan, listed_assumptions
+from .plan import Plan
 
 _PHASES = ("attention and gate", "dispatch", "experts", "combine", "shared experts", "waiting for hosts")
 _CHANGES_SHOWN = 4
@@ -165,10 +166,17 @@ def _assumed(console: Console) -> None:
     table = Table(title="taken for granted", title_justify="left")
     for name in ("what", "value", "source"):
         table.add_column(name, justify="right" if name == "value" else "left")
-    for entry in listed_assumptions():
-        value = f"{entry.value:.3g} {entry.unit}".strip()
-        table.add_row(entry.name, "" if entry.name == "how experts are chosen" else value, entry.source)
+    for entry in ALL:
+        table.add_row(entry.name, "" if entry is ROUTING else _value(entry), entry.source)
     console.print(table)
+
+
+def _value(entry: Assumption) -> str:
+    if entry.unit.startswith("bytes"):
+        return _size(entry.value) + entry.unit.removeprefix("bytes")
+    if entry.unit == "s" and entry.value < 1e-3:
+        return f"{entry.value * 1e6:.0f} us"
+    return f"{entry.value:.3g} {entry.unit}".strip()
 
 
 def alike(devices: Sequence[Device]) -> list[list[Device]]:

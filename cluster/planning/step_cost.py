@@ -159,7 +159,11 @@ class StepCosts:
     def _router_span(
         self, phase: str, weights: float, tokens: int, more_flops: float, operations: int, *, more_read: float = 0.0
     ) -> Span:
-        """A phase that multiplies `tokens` rows with `weights` bytes of matrices."""
+        """A phase that multiplies `tokens` rows with `weights` bytes of matrices.
+
+        Those that are not kept in FP8 beside others that are (gate, head, kv_b) so count twice as arithmetic, which binds
+        nothing at decode's batch sizes.
+        """
         products = 2.0 * tokens * weights / self._weight_bytes
         return _slowest(
             phase,
