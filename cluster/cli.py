@@ -14,6 +14,7 @@ from .. import __version__
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import MorayError
 from .admin_cli import add_admin_commands
+from .planning.cli import add_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_chat(commands)
     add_admin_commands(commands)
+    add_plan(commands)
     _add_doctor(commands)
     return parser
 

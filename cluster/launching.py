@@ -31,6 +31,11 @@ _ROOM_AFTER_S = 10.0
 that a dead process's resources are free."""
 
 
+_SOURCES = 4
+_SOURCES_BESIDE_SERVING = 1
+"""Hosts that one host copies from at once; each is a thread at either end, which those that serve have little time for."""
+
+
 class GaveWayError(ClusterError):
     """A change was given up for the sake of something more urgent."""
 
@@ -120,24 +125,35 @@ class Launcher:
             self._checkpoint,
             table.slots[host.name],
             table.epoch,
-            sources=self._sources(host.name, table),
+            sources=self._sources(host, table),
             link=self._deployment.link,
             secret=self._registry.secret,
             gently=gently,
         )
 
-    def _sources(self, host: str, table: PlacementTable) -> Sources:
-        """Which hosts could give `host` what it needs: those that serve."""
+    def _sources(self, host: Host, table: PlacementTable) -> Sources:
+        """Which hosts give `host` what it needs: few that serve, and hold as much of it as possible between them."""
         if not self._deployment.experts.copy_weights:
             return {}
-        registry, needed = self._registry, pairs_held(table, host)
+        registry = self._registry
         with registry.lock:
-            current = registry.table
-            return {
-                name: WeightSource(peer.addresses, held)
-                for name, peer in registry.serving_hosts().items()
-                if name != host and name in current.slots and (held := pairs_held(current, name) & needed)
-            }
+            current, serving = registry.table, registry.serving_hosts()
+        serves = host.name in current.slots and host.state == "ready"
+        needed = pairs_held(table, host.name)
+        if serves:
+            needed -= pairs_held(current, host.name)
+        held = {
+            name: pairs_held(current, name) & needed for name in serving if name != host.name and name in current.slots
+        }
+        sources: dict[str, WeightSource] = {}
+        missing = set(needed)
+        while missing and held and len(sources) < (_SOURCES_BESIDE_SERVING if serves else _SOURCES):
+            best = max(held, key=lambda name: len(held[name] & missing))
+            if not held[best] & missing:
+                break
+            missing -= held[best]
+            sources[best] = WeightSource(serving[best].addresses, held.pop(best))
+        return sources
 
     def finish_load(self, host: Host, *, give_way: threading.Event | None = None) -> None:
         """Wait until it has all of its slots.

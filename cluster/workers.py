@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger("moray.worker")
 
+_SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter's lock while another one wants it. A thread that computes gives it up for every
+operation, and with Python's 5 ms waits so long for it dozens of times a step while others load experts."""
+
 _LEASE_CHECKS = 10
 """Looks at the lease in its length."""
 
@@ -48,6 +53,7 @@ class _Worker:
 
     def __init__(self, lease_s: float) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        sys.setswitchinterval(_SWITCH_S)
         self._lease_s = lease_s
         self._heard = time.monotonic()
         self._watcher = ""

@@ -12,10 +12,7 @@ from ...model.compute import Compute
 from .gpu_kinds import GPU_KINDS
 from .layout import lay_out, node_problems
 from .nodes import GIB, NodeGroup
-from .sizes import ModelSizes
-
-_MOST_ADDED = 1024
-"""GPUs or nodes; more than these nobody would add to a cluster that is too small."""
+from .sizes import ModelSizes, model_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ def smallest_changes(
     found = [Change(what, 0) for what, changed in _settings(deployment) if fits(deployment=changed)]
     if not sizes.compute.fp8_kv:
         small = Compute(sizes.compute.device, sizes.compute.dtype, sizes.compute.keep_fp8, fp8_kv=True)
-        if fits(sizes=ModelSizes(sizes.config, small)):
+        if fits(sizes=model_sizes(sizes.config, small)):
             found.append(Change("routers.kv_cache: fp8", 0))
     shorter = max_context // 2
     while shorter >= 1024 and not fits(context=shorter, cache=None):
@@ -95,16 +92,15 @@ def _more_gpus(groups: Sequence[NodeGroup], fits: Callable[..., bool]) -> Iterat
     for kind in {group.gpu.name: group.gpu for group in groups if group.gpu}.values():
         like = next(group for group in groups if group.gpu == kind)
         there = sum(group.count * group.gpus for group in groups if group.gpu == kind)
-        for more in range(1, _MOST_ADDED + 1):
-            added = replace(like, name="more", count=-(-more // like.gpus), gpus=min(more, like.gpus))
-            if added.count * added.gpus < more:
-                continue
-            if fits([*groups, added]):
-                count = added.count * added.gpus
-                yield Change(f"{count} more {kind.name}: {there + count} in all", count * kind.memory_bytes)
-                break
-            if more >= 8 * there + 64:
-                break
+        # A part of a node, then whole ones.
+        sizes = [(1, part) for part in range(1, like.gpus)]
+        sizes += [(nodes, like.gpus) for nodes in range(1, max(8 * there, 64) // like.gpus + 2)]
+        grown = [replace(like, name="more", count=nodes, gpus=gpus) for nodes, gpus in sizes]
+        if not fits([*groups, grown[-1]]):
+            continue  # what is short are not hosts: a router has one GPU, however many there are
+        added = next(added for added in grown if fits([*groups, added]))
+        count = added.count * added.gpus
+        yield Change(f"{count} more {kind.name}: {there + count} in all", count * kind.memory_bytes)
 
 
 def _other_gpus(groups: Sequence[NodeGroup], fits: Callable[..., bool]) -> Iterator[Change]:
@@ -128,11 +124,12 @@ def _more_memory(groups: Sequence[NodeGroup], fits: Callable[..., bool]) -> Iter
     if any(group.gpu for group in groups) or any(group.memory_bytes is None for group in groups):
         return
     nodes = sum(group.count for group in groups)
-    for more in range(1, _MOST_ADDED + 1):
-        if fits([*groups, replace(groups[-1], name="more", count=more)]):
-            memory = groups[-1].memory_bytes or 0
-            yield Change(f"{more} more nodes like {groups[-1].name}-0: {nodes + more} in all", more * memory)
-            break
+    like = groups[-1]
+    grown = [replace(like, name="more", count=more) for more in range(1, max(8 * nodes, 64) + 1)]
+    if fits([*groups, grown[-1]]):
+        more = next(added for added in grown if fits([*groups, added])).count
+        what = f"{more} more node{'s' if more > 1 else ''} like {like.name}-0: {nodes + more} in all"
+        yield Change(what, more * (like.memory_bytes or 0))
     low, high = 0, 1
     while high <= 1 << 16 and not fits(_grown(groups, high)):
         low, high = high, 2 * high

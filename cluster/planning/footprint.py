@@ -117,10 +117,10 @@ def router(
     sizes: ModelSizes,
     deployment: Deployment,
     *,
-    max_context: int,
+    positions: int,
     hosts: Collection[Device],
 ) -> Process:
-    """A router without KV pages yet, linked to the hosts on these devices."""
+    """A router without KV pages yet, for sequences of up to so many positions, linked to the hosts on these devices."""
     weights = sizes.router.total
     process = Process(name, "router", device.node.name, sizes.disk_dense.total)
     config, dtype = sizes.config, sizes.compute.dtype
@@ -129,7 +129,7 @@ def router(
     reply = done_frame(pairs, config.hidden_size, dtype).payload
     on_device, on_node = _buffers(device, hosts, sent=request, received=reply)
     process.memory = {
-        WEIGHTS: weights.weights + sizes.rotation_bytes(max_context),
+        WEIGHTS: weights.weights + sizes.rotation_bytes(positions),
         SCALES: weights.scales,
         KV_PAGES: 0,
         BUFFERS: on_device,

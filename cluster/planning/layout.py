@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ...actors.placement_table import EMPTY, PlacementTable
 from ...configs.deployment import Deployment
 from ...configs.errors import ConfigError
@@ -29,6 +31,7 @@ class Layout:
         table: where every expert goes; None where there is no device for experts at all.
         cache_tokens: KV positions of each router.
         problems: why it does not fit; empty if it does.
+        shortages: what of the copies asked for cannot be had, though everything fits: an expert's copies on one node.
     """
 
     devices: list[Device]
@@ -37,6 +40,7 @@ class Layout:
     table: PlacementTable | None
     cache_tokens: int
     problems: list[str]
+    shortages: tuple[str, ...] = ()
 
     def process(self, name: str) -> Process:
         """A process by its id."""
@@ -63,7 +67,7 @@ def lay_out(
         hosts: how many expert hosts; None for as many as there is room for.
         max_context: longest prompt plus answer; a router must have KV pages for one such.
         cache_tokens: KV positions of each router; None for all that its memory leaves.
-        table: plan the placement to the last slot; else only how many slots the fullest host has, which is quicker.
+        table: plan the placement to the last slot; else only how many slots each host has, which is quicker.
 
     Raises:
         ConfigError: there are more hosts than experts, or fewer than replicas.
@@ -97,8 +101,11 @@ def lay_out(
         device.processes.append(
             expert_host(name, device, sizes, deployment, slots=slots[name], hosts=len(seats), routers=seated)
         )
+    positions = deployment.max_context or min(
+        config.max_position_embeddings, cache_tokens or config.max_position_embeddings
+    )
     for name, device in routers.items():
-        device.processes.append(router(name, device, sizes, deployment, max_context=max_context, hosts=seats))
+        device.processes.append(router(name, device, sizes, deployment, positions=positions, hosts=seats))
     problems += _overfull(devices)
     _add_pages(layout, sizes, deployment, max_context=max_context, cache_tokens=cache_tokens)
     return layout
@@ -192,14 +199,15 @@ def _slots(layout: Layout, config: ModelConfig, deployment: Deployment, *, whole
     if not hosts:
         return {}
     if not whole_table:
-        layers = len(config.moe_layers)
-        spare = min(section.spare_slots, config.n_routed_experts) * layers
-        fullest = -(-layers * config.n_routed_experts * section.min_replicas // len(hosts)) + spare
-        return dict.fromkeys(hosts, min(fullest, layers * config.n_routed_experts))
+        # As `plan_next` shares them out: in each layer those that are next in turn have one more.
+        share, larger = divmod(config.n_routed_experts * section.min_replicas, len(hosts))
+        host, layer = np.ogrid[: len(hosts), : len(config.moe_layers)]
+        held = share + ((host + layer * larger) % len(hosts) < larger) + section.spare_slots
+        totals = np.minimum(held, config.n_routed_experts).sum(axis=1)
+        return dict(zip(hosts, totals.tolist(), strict=True))
     nodes = {name: device.node.name for name, device in layout.hosts.items()}
-    layout.table = plan_next(
-        config, hosts, min_replicas=section.min_replicas, spare_slots=section.spare_slots, nodes=nodes
-    ).table
+    placed = plan_next(config, hosts, min_replicas=section.min_replicas, spare_slots=section.spare_slots, nodes=nodes)
+    layout.table, layout.shortages = placed.table, tuple(map(str, placed.shortages))
     return {
         host: sum(expert != EMPTY for layer in held for expert in layer) for host, held in layout.table.slots.items()
     }

@@ -22,9 +22,10 @@ from .step_cost import Span, StepCost
 
 _WIDTH = 960
 _LEFT = 250
-_RIGHT = 90
+_RIGHT = 110
 _BAR = 16
 _ROW = 22
+_MOST_CHARACTERS = 40  # of a label, so that it ends before the bars
 _MOST_BARS = 40
 """More devices than these are shown one of a kind."""
 
@@ -110,7 +111,7 @@ def draw(plan: Plan) -> str:
     canvas.y += 1.5 * _ROW
     _memory(canvas, plan)
     if plan.steps:
-        _layer(canvas, plan.steps[-1])
+        _layer(canvas, next((step for step in reversed(plan.steps) if not step.notes), plan.steps[-1]))
         _steps(canvas, plan.steps)
     return canvas.document(title)
 
@@ -127,7 +128,7 @@ def _memory(canvas: _Canvas, plan: Plan) -> None:
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
     for name, device in rows:
         who = ", ".join(process.id for process in device.processes[:2]) + (", ..." if len(device.processes) > 2 else "")
-        canvas.text(20, f"{name}: {who or 'nothing'}", size=11)
+        canvas.text(20, _short(f"{name}: {who or 'nothing'}"), size=11)
         x = float(_LEFT)
         for what, count in _segments(device):
             canvas.bar(x, count * scale, _COLOURS.get(what, "#9498a0"), f"{what}: {count / 1e9:.2f} GB")
@@ -185,6 +186,10 @@ def _steps(canvas: _Canvas, steps: Sequence[StepCost]) -> None:
                 x += seconds * scale
         canvas.text(_WIDTH - 8, f"{step.seconds * 1e3:.1f} ms", size=11, end=True)
         canvas.y += _ROW
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _MOST_CHARACTERS else label[: _MOST_CHARACTERS - 3] + "..."
 
 
 def _told(span: Span) -> str:

@@ -15,7 +15,7 @@ from . import assumptions
 from .changes import Change, smallest_changes
 from .layout import Layout, lay_out, node_memory, node_problems
 from .nodes import NodeGroup
-from .sizes import ModelSizes
+from .sizes import ModelSizes, model_sizes
 from .step_cost import StepCost, StepCosts, load_seconds
 
 DEFAULT_CONTEXT = 8192
@@ -111,8 +111,8 @@ def make_plan(
         groups: the nodes.
         deployment: settings; its numbers of hosts and of cache tokens do not matter.
         hosts: expert hosts; None for one on every GPU that no router has.
-        context: tokens of one request, prompt and answer, and what a router must have pages for; by default 8192, or what
-            the model was made for if that is less.
+        context: tokens of one request, prompt and answer, and what a router must have pages for; by default 8192, or the
+            deployment's or the model's own limit if that is less.
         cache_tokens: KV positions of each router; None for all that its memory leaves.
         batches: requests at once, in all, for each of which a step is computed.
 
@@ -120,12 +120,12 @@ def make_plan(
         ConfigError: the settings contradict the model, or each other.
     """
     most = config.max_position_embeddings
-    context = min(DEFAULT_CONTEXT, most) if context is None else context
+    context = min(DEFAULT_CONTEXT, deployment.max_context or most) if context is None else context
     if not 1 <= context <= most:
         raise ConfigError(f"context = {context}: must be from 1 to {most}, which the model was made for")
     if not config.moe_layers:
         raise ConfigError(f"{model}: has no layer with routed experts, so there is nothing to spread")
-    sizes = ModelSizes(config, compute(deployment, gpus=sum(group.count * group.gpus for group in groups)))
+    sizes = model_sizes(config, compute(deployment, gpus=sum(group.count * group.gpus for group in groups)))
     layout = lay_out(sizes, groups, deployment, hosts=hosts, max_context=context, cache_tokens=cache_tokens)
     problems = (*layout.problems, *node_problems(layout))
     prices = [None if group.price is None else group.price * group.count for group in groups]
@@ -207,6 +207,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "cache_tokens_per_router": layout.cache_tokens,
         "requests_at_once": plan.requests_at_once,
         "placement": None if plan.placement is None else asdict(plan.placement),
+        "shortages": list(layout.shortages),
         "table": None if layout.table is None else layout.table.to_dict(),
         "load_s": plan.load_s,
         "price_per_hour": plan.price_per_hour,

@@ -114,6 +114,9 @@ def _room(plan: Plan, console: Console) -> None:
         f"{layout.cache_tokens} tokens in the KV pages of each router (routers.cache_tokens): {plan.requests_at_once} requests "
         f"of {plan.context} tokens at once, over {routers} router{'s' if routers > 1 else ''}",
     )
+    running = routers * deployment.routers.max_running
+    if plan.requests_at_once > running:
+        table.add_row("", f"of which routers.max_running = {deployment.routers.max_running} lets {running} run")
     low, high = placement.slots_per_layer
     copies = placement.replicas
     table.add_row(
@@ -125,6 +128,9 @@ def _room(plan: Plan, console: Console) -> None:
         shown = ", ".join(str(expert) for expert in held[:12]) + (", ..." if len(held) > 12 else "")
         table.add_row("", f"{host}, layer {plan.config.first_k_dense_replace}: {shown}")
     table.add_row("", "every slot: --json")
+    if layout.shortages:
+        more = f" (and {len(layout.shortages) - 1} more like it: --json)" if len(layout.shortages) > 1 else ""
+        table.add_row("short", layout.shortages[0] + more)
     table.add_row("load", f"{plan.load_s:.0f} s from nothing to ready, each node reading its own part")
     if deployment.experts.min_replicas == 1:
         table.add_row("", "one copy of each expert: the loss of a host is a pause until another has loaded them")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -194,9 +194,9 @@ class ModelSizes:
         form = KvFormat(self.config.kv_lora_rank, self.config.qk_rope_head_dim, stored)
         return self.config.num_hidden_layers * form.row_bytes
 
-    def rotation_bytes(self, max_context: int) -> int:
+    def rotation_bytes(self, positions: int) -> int:
         """The table of RoPE's rotations for so many positions: a cosine and a sine in fp32 for each pair of columns."""
-        return max_context * self.config.qk_rope_head_dim * 4
+        return positions * self.config.qk_rope_head_dim * 4
 
     # ---- tensors without data ---------------------------------------------------------------------------------------
 
@@ -276,6 +276,12 @@ class ModelSizes:
             if layer in self.config.moe_layers
             else mlp("mlp"),
         )
+
+
+@lru_cache(maxsize=16)
+def model_sizes(config: ModelConfig, compute: Compute) -> ModelSizes:
+    """`ModelSizes`, which compute what they are asked for once, shared by all who ask for the same."""
+    return ModelSizes(config, compute)
 
 
 def _elements(tensors: Iterable[ExpectedTensor]) -> int:
