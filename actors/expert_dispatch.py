@@ -35,6 +35,10 @@ _HELD_UP_S = 0.02
 """A wait that ends so much later than asked for tells that this process got no CPU, or computed (behind an inline link):
 it could have heard nobody, so the time does not count against the hosts."""
 
+_SLOW_S = 0.05
+_SLOW = 5.0
+"""A reply that takes longer than both, the second times what is usual for the fastest host, has others asked first."""
+
 
 class ExpertDispatch:
     """Sends each layer's tokens to the hosts that hold their experts and sums what comes back.
@@ -225,11 +229,20 @@ class ExpertDispatch:
             if reply is None:
                 return False
             done = self._take(line, *reply)
+            if line.last_s > _SLOW_S:
+                self._compare(line)
             line.send_queued()
         except LinkError as error:
             self._drop(line, error)
             return False
         return done
+
+    def _compare(self, line: HostLine) -> None:
+        """Have a host spared whose replies take far longer than those of the others: no deadline of its own tells."""
+        others = [other.latency.median_s for other in self._lines.values() if other is not line]
+        known = [seconds for seconds in others if seconds > 0]
+        if known and line.last_s > _SLOW * min(known):
+            line.spare()
 
     def _take(self, line: HostLine, share: Share, header: MoeHeader, tensors: tuple[torch.Tensor, ...]) -> bool:
         if header.kind is Kind.FAILED:
@@ -280,11 +293,14 @@ class ExpertDispatch:
 
     def _askable(self, claim: PendingExperts, avoided: int) -> tuple[int, ...]:
         """For each host of the routes whether it can be asked; `avoided` for those that are late or refuse."""
-        lines, refused = self._lines, claim.refused
-        return tuple(
-            NO if (line := lines.get(host)) is None or host in refused else avoided if line.to_be_avoided else YES
-            for host in self._routes.hosts
-        )
+
+        def askable(host: str) -> int:
+            line = self._lines.get(host)
+            if line is None or host in claim.refused:
+                return NO
+            return avoided if line.to_be_avoided else IF_NEED_BE if line.slow else YES
+
+        return tuple(map(askable, self._routes.hosts))
 
     def _ask(self, claim: PendingExperts, pairs: IntArray, routes: LayerRoutes) -> int:
         """Ask for pairs [P], all of which have a route, one share for each host; how many shares.

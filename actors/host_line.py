@@ -16,9 +16,13 @@ from .links.base import FRAMES_IN_FLIGHT, Link
 from .moe_frames import Kind, MoeHeader
 from .pending_experts import PendingExperts, Share
 
-_AVOID_AFTER_REFUSAL_S = 1.0
+_SPARE_AFTER_REFUSAL_S = 1.0
 """A host that refused its work is spared more of it for so long, where others have its experts: it may be short of memory,
 or not serve this epoch any more, and asking it first would cost every layer a round trip."""
+
+_SPARE_AFTER_LATE_S = (0.25, 8.0)
+"""So it is with a host that was late, from its answer on: at first, and longest; twice as long as before if it is late again
+within the longest. A hiccup costs little, and a host that is slow for good is tried now and then."""
 
 
 class HostLine:
@@ -35,6 +39,7 @@ class HostLine:
         owed: shares that were sent and not answered, in order.
         due: when the first of them should have been answered; infinity if nothing is owed. For any thread.
         late: it was found to be past `due`; cleared by its next reply. For any thread.
+        last_s: how long its last reply took.
     """
 
     def __init__(self, host: str, link: Link, *, reply_timeout_s: float, clock: Callable[[], float]) -> None:
@@ -44,11 +49,13 @@ class HostLine:
         self.owed: deque[Share] = deque()
         self.due = math.inf
         self.late = False
+        self.last_s = 0.0
         self._queued: deque[Share] = deque()
         self._reply_timeout_s = reply_timeout_s
         self._clock = clock
         self._waiting_since = -math.inf  # silence counts from here: the first share's sending, or the reply before it
-        self._avoid_until = -math.inf
+        self._refused_until = self._slow_until = -math.inf
+        self._spared_s = 0.0  # the last time it was late
 
     def shares_of(self, claim: PendingExperts) -> Iterator[Share]:
         """What the host was asked for of one layer and has not answered."""
@@ -62,7 +69,12 @@ class HostLine:
     @property
     def to_be_avoided(self) -> bool:
         """Whether others should be asked where there are any: it is late, or refused its last work."""
-        return self.late or self._clock() < self._avoid_until
+        return self.late or self._clock() < self._refused_until
+
+    @property
+    def slow(self) -> bool:
+        """Whether it was late lately: it answers, but others should be asked first."""
+        return self._clock() < self._slow_until
 
     @property
     def silent_s(self) -> float:
@@ -124,16 +136,28 @@ class HostLine:
         if header.kind not in (Kind.DONE, Kind.FAILED) or header.sequence != share.sequence:
             raise LinkError(self.host, f"sent {header.kind.name} {header.sequence} as reply to {share.sequence}")
         now = self._clock()
+        self.last_s = now - self._waiting_since
         if header.kind is Kind.DONE:  # refusing takes no time
-            self.latency.record(len(share.pairs), now - self._waiting_since)
+            self.latency.record(len(share.pairs), self.last_s)
         self.owed.popleft()
-        self.late = False
+        if self.late:
+            self.late = False
+            self.spare()
         self._wait_for_first(now)
         return share, header, frame.tensors
 
+    def spare(self) -> None:
+        """It was late, or far slower than others: let those be asked first, for longer each time that it happens again."""
+        now, (first, longest) = self._clock(), _SPARE_AFTER_LATE_S
+        if now < self._slow_until:
+            return
+        again = now < self._slow_until + longest
+        self._spared_s = min(longest, 2 * self._spared_s) if again else first
+        self._slow_until = now + self._spared_s
+
     def refused(self) -> None:
         """The host has just refused its work: let others be asked for some time."""
-        self._avoid_until = self._clock() + _AVOID_AFTER_REFUSAL_S
+        self._refused_until = self._clock() + _SPARE_AFTER_REFUSAL_S
 
     def excuse(self, seconds: float) -> None:
         """Do not count so much of the silence so far: this process was held up itself, and could not have heard anything."""

@@ -90,6 +90,8 @@ class GuardedLink(Link):
     @contextmanager
     def _operation(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
+            if self._closing:  # it is `close` in another thread that holds the lock
+                raise self._closed_error()
             raise RuntimeError(
                 f"link to {self.peer} is in use by another thread: an end belongs to one thread at a time"
             )
