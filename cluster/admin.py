@@ -34,13 +34,13 @@ def change(address: str | None, wanted: Wanted, *, dry_run: bool, as_json: bool)
     Raises:
         MorayError: there is no such cluster, or it cannot be done; nothing has changed then.
     """
-    with _controller(address or _own_address()) as controller:
+    with controller_at(address or _own_address()) as controller:
         return change_with(controller, wanted, dry_run=dry_run, as_json=as_json)
 
 
 def change_with(controller: Any, wanted: Wanted, *, dry_run: bool, as_json: bool) -> int:
     """`change` through a handle to the controller's deployment."""
-    plan: Change = _ask(controller.change.remote(wanted, True), _ASK_TIMEOUT_S)
+    plan: Change = ask(controller.change.remote(wanted, True), _ASK_TIMEOUT_S)
     if not as_json:
         print(plan_text(plan, wanted), flush=True)
     # Copies that are asked for are from now on, also where nothing moves for them now.
@@ -51,13 +51,13 @@ def change_with(controller: Any, wanted: Wanted, *, dry_run: bool, as_json: bool
 
     def progress() -> tuple[int, int] | None:
         try:
-            found: tuple[int, int] | None = _ask(controller.change_progress.remote(), _ASK_TIMEOUT_S)
+            found: tuple[int, int] | None = ask(controller.change_progress.remote(), _ASK_TIMEOUT_S)
         except ClusterError:
             return None  # only the display waits for it; what is wrong the change itself will say
         return found
 
     with LoadingShown(progress):
-        done: Change = _ask(controller.change.remote(wanted, False), _CHANGE_TIMEOUT_S)
+        done: Change = ask(controller.change.remote(wanted, False), _CHANGE_TIMEOUT_S)
     print(json.dumps(asdict(done), indent=2) if as_json else done_text(done, plan))
     return 0
 
@@ -78,7 +78,7 @@ def _own_address() -> str:
 
 
 @contextmanager
-def _controller(address: str) -> Iterator[Any]:
+def controller_at(address: str) -> Iterator[Any]:
     """A handle to the controller of the cluster at `address`.
 
     Raises:
@@ -102,7 +102,7 @@ def _controller(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _ask(response: Any, timeout_s: float) -> Any:
+def ask(response: Any, timeout_s: float) -> Any:
     """The result of a call to the controller; what it raises as one of our errors."""
     from ray.exceptions import RayError, RayTaskError
 

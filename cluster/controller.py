@@ -20,6 +20,7 @@ from ..model.config import ModelConfig
 from ..model.loading import open_model
 from ..model.tensor_names import TensorNames
 from .assembly import checkpoint_path, host_name, router_name, router_settings, served_model
+from .change_planner import ChangePlanner
 from .changes import Change, Wanted
 from .launching import Launcher, side_by_side
 from .ledger import Ledger, MemoryLedger, Record
@@ -90,8 +91,9 @@ class Controller:
         self._registry.table = table
         self._launcher = Launcher(self._registry, self._spawner, self._path, settings)
         monitor = LoadMonitor(table.layers, table.experts)
-        self._transition = Transition(self._registry, self._spawner, self._launcher, config, monitor)
-        self._observer = Observer(self._registry, self._transition, config, monitor)
+        planner = ChangePlanner(self._registry, config, monitor)
+        self._transition = Transition(self._registry, self._spawner, self._launcher, planner)
+        self._observer = Observer(self._registry, self._transition, planner, monitor)
 
     @property
     def takes_over(self) -> bool:

@@ -8,8 +8,8 @@ import time
 
 from ..actors.reports import HostReport, RouterReport
 from ..configs.errors import MorayError
-from ..model.config import ModelConfig
 from .autoscaler import Autoscaler, Decision, Observation
+from .change_planner import ChangePlanner
 from .changes import Wanted
 from .load_monitor import LoadMonitor, UtilisationMonitor, balance
 from .registry import Registry
@@ -28,10 +28,12 @@ class Observer:
         monitor: shared with the planner of changes.
     """
 
-    def __init__(self, registry: Registry, transition: Transition, config: ModelConfig, monitor: LoadMonitor) -> None:
+    def __init__(
+        self, registry: Registry, transition: Transition, planner: ChangePlanner, monitor: LoadMonitor
+    ) -> None:
         self._registry = registry
         self._transition = transition
-        self._config = config
+        self._planner = planner
         self._monitor = monitor
         self._utilisation = UtilisationMonitor()
         self._autoscaler = Autoscaler(registry.deployment.autoscale)
@@ -53,7 +55,7 @@ class Observer:
         self._forget_the_gone()
         if now >= self._balance_at:
             self._balance_at = now + _BALANCE_EVERY_S
-            load = self._transition.load()
+            load = self._planner.load()
             registry.balance = 1.0 if load is None else balance(load, registry.table)
         policy = registry.deployment.autoscale
         if not (policy.experts.enabled or policy.routers.enabled):
@@ -84,7 +86,7 @@ class Observer:
             routers=len(registry.routers),
             utilisation=self._utilisation.mean(hosts),
             balance=registry.balance,
-            tokens_per_expert=self._monitor.tokens / max(1, self._config.n_routed_experts * table.layers),
+            tokens_per_expert=self._monitor.tokens / max(1, table.experts * table.layers),
             waiting=sum(report.stats.waiting for report in reports),
             running=sum(report.stats.running for report in reports),
             running_limit=limit,
@@ -95,7 +97,7 @@ class Observer:
 
     def _balance_after(self) -> float:
         try:
-            change, _ = self._transition.plan(Wanted(rebalance=True))
+            change, _ = self._planner.plan(Wanted(rebalance=True))
         except MorayError as error:
             logger.info("event=no_plan reason=%s", error)
             return 0.0

@@ -7,25 +7,18 @@ never gone back upon, and a process that cannot follow is ended and restored wit
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
-
 from ..actors.placement_table import PlacementTable
-from ..configs.errors import CheckpointError, ClusterError, ConfigError, MorayError
-from ..model.config import ModelConfig
-from .assembly import host_name, router_name
+from ..configs.errors import CheckpointError, ClusterError, MorayError
+from .change_planner import ChangePlanner, merged
 from .changes import Change, Wanted, moved_experts
 from .launching import GaveWayError, Launcher, side_by_side
-from .load_monitor import LoadMonitor, balance
-from .placement import plan_next
 from .placement_plan import PlacementPlan
-from .registry import Host, Registry, Router, by_number
+from .registry import Host, Registry, Router
 from .spawning import Spawner
 
 _ATTEMPTS = 5
@@ -44,21 +37,15 @@ _DIRECTORY_SEEN_S = 2.5
 
 _DRAIN_POLL_S = 0.1
 
-_ENOUGH_TOKENS = 100.0
-"""Tokens an expert must have seen lately, on average, for a plan to heed their distribution without being told to."""
-
 
 class Transition:
     """Makes changes, one at a time."""
 
-    def __init__(
-        self, registry: Registry, spawner: Spawner, launcher: Launcher, config: ModelConfig, monitor: LoadMonitor
-    ) -> None:
+    def __init__(self, registry: Registry, spawner: Spawner, launcher: Launcher, planner: ChangePlanner) -> None:
         self._registry = registry
         self._spawner = spawner
         self._launcher = launcher
-        self._config = config
-        self._monitor = monitor
+        self._planner = planner
         self._turn = threading.Lock()
         self._urgent = 0  # restorations that run or wait for their turn
         self._calm = threading.Condition()
@@ -97,54 +84,6 @@ class Transition:
                     self._give_way.clear()
                 self._calm.notify_all()
 
-    # ---- planning -----------------------------------------------------------------------------------------------------
-
-    def load(self) -> npt.NDArray[np.float64] | None:
-        """The load to plan for: what was measured, or None where that is too little to go by."""
-        enough = _ENOUGH_TOKENS * self._config.n_routed_experts * len(self._config.moe_layers)
-        return self._monitor.load if self._monitor.tokens >= enough else None
-
-    def plan(self, wanted: Wanted) -> tuple[Change, PlacementPlan]:
-        """What a change would do, and the placement it would lead to.
-
-        Raises:
-            ConfigError: it cannot be.
-        """
-        registry = self._registry
-        with registry.lock:
-            table, routers = registry.table, by_number(registry.routers)
-            replicas = _merged(registry.replicas, wanted)
-            nodes = {name: host.handle.node for name, host in registry.hosts.items() if host.handle is not None}
-        if wanted.rebalance and self._monitor.tokens == 0:
-            raise ConfigError("rebalance: no load was measured yet; send some requests first")
-        load = self._monitor.load if wanted.rebalance else self.load()
-        measured = np.ones((table.layers, table.experts)) if load is None else load
-        hosts = _next_hosts(table, wanted)
-        plan = plan_next(
-            self._config,
-            hosts,
-            min_replicas=self._registry.deployment.experts.min_replicas,
-            spare_slots=self._registry.deployment.experts.spare_slots,
-            load=load,
-            replicas=replicas,
-            nodes={name: node for name, node in nodes.items() if name in hosts},
-            current=table,
-        )
-        asked = wanted.rebalance or wanted.replicas or hosts != by_number(table.slots)
-        changed = bool(asked and plan.changed)
-        added, removed = _next_routers(routers, wanted.routers)
-        change = Change(
-            epoch=plan.table.epoch if changed else table.epoch,
-            added=(*(host for host in hosts if host not in table.slots), *added),
-            removed=(*(host for host in table.slots if host not in hosts), *removed),
-            moved=moved_experts(table, plan.table) if changed else 0,
-            total=table.layers * table.experts,
-            balance_before=round(balance(measured, table), 4),
-            balance_after=round(balance(measured, plan.table if changed else table), 4),
-            shortages=_in_words(plan),
-        )
-        return change, plan
-
     # ---- changing -----------------------------------------------------------------------------------------------------
 
     def change(self, wanted: Wanted | None, *, dry_run: bool = False) -> Change:
@@ -160,12 +99,12 @@ class Transition:
             ClusterError: there is no room, or a process failed; the cluster is as it was, but for routers that were added.
         """
         started = time.monotonic()
+        if dry_run:
+            return self._planner.plan(wanted or Wanted(experts=self._registry.wanted_hosts))[0]
         for attempt in range(_ATTEMPTS):
             with self._own_turn():
                 asked = wanted or Wanted(experts=self._registry.wanted_hosts)
-                change, plan = self.plan(asked)
-                if dry_run:
-                    return change
+                change, plan = self._planner.plan(asked)
                 try:
                     with self._wishes(asked, plan):
                         if change.empty:
@@ -204,7 +143,7 @@ class Transition:
             ConfigError, ClusterError: the others cannot.
         """
         started = time.monotonic()
-        change, plan = self.plan(Wanted(drain=tuple(sorted(names))))
+        change, plan = self._planner.plan(Wanted(drain=tuple(sorted(names))))
         self._change_placement(plan, heed=False)
         seconds = time.monotonic() - started
         self._registry.happened("went_on_without", ",".join(sorted(names)), seconds=seconds, bad=True)
@@ -233,7 +172,7 @@ class Transition:
         registry = self._registry
         with registry.lock:
             before = registry.replicas, registry.wanted_hosts
-            registry.replicas = _merged(registry.replicas, wanted)
+            registry.replicas = merged(registry.replicas, wanted)
             if wanted.experts is not None or wanted.drain:
                 registry.wanted_hosts = len(plan.table.slots)
         try:
@@ -403,48 +342,3 @@ class Transition:
 def _busy(router: Router) -> bool:
     report = router.report
     return report is None or report.stats.running + report.stats.waiting > 0
-
-
-def _merged(replicas: dict[tuple[int, int], int], wanted: Wanted) -> dict[tuple[int, int], int]:
-    merged = {**replicas, **wanted.replicas}
-    return {pair: copies for pair, copies in merged.items() if copies}
-
-
-def _next_hosts(table: PlacementTable, wanted: Wanted) -> list[str]:
-    """The hosts there will be: those that are drained leave, then those with the highest numbers.
-
-    Raises:
-        ConfigError: there is no such host to drain, or nothing would be left.
-    """
-    unknown = [name for name in wanted.drain if name not in table.slots]
-    if unknown:
-        raise ConfigError(
-            f"drain {', '.join(unknown)}: no such expert host; there are {', '.join(by_number(table.slots))}"
-        )
-    stay = [name for name in by_number(table.slots) if name not in wanted.drain]
-    count = len(stay) if wanted.experts is None else wanted.experts
-    if count < 1:
-        raise ConfigError(f"{count} expert hosts: at least one must hold the experts")
-    unused = (name for index in itertools.count() if (name := host_name(index)) not in table.slots)
-    return by_number([*stay[:count], *itertools.islice(unused, max(0, count - len(stay)))])
-
-
-def _next_routers(routers: list[str], count: int | None) -> tuple[list[str], list[str]]:
-    """Routers to add and to remove.
-
-    Raises:
-        ConfigError: none would be left.
-    """
-    if count is None:
-        return [], []
-    if count < 1:
-        raise ConfigError(f"{count} routers: at least one must take the requests")
-    unused = (name for index in itertools.count() if (name := router_name(index)) not in routers)
-    return list(itertools.islice(unused, max(0, count - len(routers)))), routers[count:]
-
-
-def _in_words(plan: PlacementPlan) -> tuple[str, ...]:
-    """What could not be given: the first few, and how many more."""
-    shown = [str(shortage) for shortage in plan.shortages[:3]]
-    more = len(plan.shortages) - len(shown)
-    return (*shown, f"and {more} more") if more else tuple(shown)

@@ -205,9 +205,9 @@ class Target:
         Raises:
             MorayError: it was refused or failed; the cluster is what it was.
         """
-        from ..admin import _ask
+        from ..admin import ask
 
-        change: Change = _ask(self._controller.change.remote(wanted, False), timeout_s)
+        change: Change = ask(self._controller.change.remote(wanted, False), timeout_s)
         return change
 
     def change_until_done(self, wanted: Wanted, *, timeout_s: float) -> tuple[Change, int]:
@@ -240,7 +240,7 @@ def connected(
     Raises:
         ClusterError: it is not there, or only one of the two is known and nothing on this machine tells the other.
     """
-    from ..admin import _controller
+    from ..admin import controller_at
 
     records = [record for record in RunState().records() if record.server.alive and record.ray_address]
     if url is not None:
@@ -263,6 +263,6 @@ def connected(
 
     from .traffic import SILENCE_S
 
-    with _controller(address) as controller, client(_STATUS_TIMEOUT_S) as asking:
+    with controller_at(address) as controller, client(_STATUS_TIMEOUT_S) as asking:
         target = Target(asking, controller, say, None if record is None else record.server)
         yield target, lambda: client(SILENCE_S)

@@ -79,7 +79,7 @@ def moray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
             assert address == "10.0.0.1:6379"
             yield controller
 
-        monkeypatch.setattr(admin, "_controller", reached)
+        monkeypatch.setattr(admin, "controller_at", reached)
         status = main([*arguments.split(), "--address", "10.0.0.1:6379"])
         return status, *capsys.readouterr()
 

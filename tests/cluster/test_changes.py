@@ -117,8 +117,8 @@ def test_rebalancing_for_the_load_that_was_measured(
         with pytest.raises(ConfigError, match="no load was measured yet"):
             controller.change(Wanted(rebalance=True))
         assert tokens(ask(controller)) == expected
-        eventually(lambda: controller._transition._monitor.tokens > 0)
-        measured = controller._transition._monitor.load
+        eventually(lambda: controller._observer._monitor.tokens > 0)
+        measured = controller._observer._monitor.load
         assert measured.shape == (controller.table.layers, controller.table.experts)
         skewed = np.ones_like(measured)
         for index in range(controller.table.layers):  # what one host has alone is what is asked for most
@@ -129,7 +129,7 @@ def test_rebalancing_for_the_load_that_was_measured(
                 == ["expert-host-0"]
             ]
             skewed[index, alone] = 500.0
-        controller._transition._monitor._load[:] = 100 * skewed
+        controller._observer._monitor._load[:] = 100 * skewed
         plan = controller.change(Wanted(rebalance=True), dry_run=True)
         assert plan.balance_after > plan.balance_before
         assert controller.table.epoch == 1

@@ -26,9 +26,11 @@ def test_status_as_json(shm_server: Serve) -> None:
     assert done.returncode == 0, done.stderr
     status = json.loads(done.stdout)
     assert status["health"] == "ok"
-    assert [p["id"] for p in status["processes"]] == ["expert-host-0", "expert-host-1", "router-0"]
+    *processes, controller = status["processes"]
+    assert [p["id"] for p in processes] == ["expert-host-0", "expert-host-1", "router-0"]
+    assert (controller["id"], controller["role"]) == ("controller", "controller")
     assert {p["state"] for p in status["processes"]} == {"ready"}
-    assert all(p["data_bytes_read"] > 1_000_000 for p in status["processes"])
+    assert all(p["data_bytes_read"] > 1_000_000 for p in processes)
 
 
 def test_status_as_a_table(shm_server: Serve) -> None:

@@ -46,7 +46,7 @@ class Head:
 
     def serves(self) -> bool:
         """Whether processes of ours run on it."""
-        return any(title in self.titles() for title in ("ExpertHostActor", "RouterActor", "ServeReplica"))
+        return any(title in self.titles() for title in ("ExpertHostWorker", "RouterWorker", "ServeReplica"))
 
 
 def free_ports(count: int) -> list[int]:
@@ -156,7 +156,7 @@ def test_a_stock_serve_deploy(head: Head, serve_factory: Callable[..., Serve], t
         body = {"model": "tiny-r1", "prompt": [100, 101], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
         answer = client.post("/v1/completions", json=body).raise_for_status().json()
         assert answer["usage"]["completion_tokens"] == 4
-        assert len(client.get("/v1/moray/status").json()["processes"]) == 3
+        assert len(client.get("/v1/moray/status").json()["processes"]) == 4
         # Serve polls replicas' health; its own word follows.
         eventually(
             lambda: yaml.safe_load(stock(head, "status"))["applications"]["moray"]["status"] == "RUNNING",

@@ -76,7 +76,7 @@ def test_two_hosts_over_shared_memory(shm_server: Serve, expected: list[list[int
 
 
 def test_three_hosts_over_gloo(gloo_server: Serve, expected: list[list[int]]) -> None:
-    assert len(gloo_server.status(key=KEY)["processes"]) == 4
+    assert len(gloo_server.status(key=KEY)["processes"]) == 5
     check(gloo_server, expected, key=KEY)
 
 
