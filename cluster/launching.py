@@ -252,8 +252,10 @@ class Launcher:
                 host = Host(kept.name, addresses=kept.addresses, heard=now)
                 registry.hosts[kept.name] = host
                 host.handle = self._spawner.attach_host(kept.actor)
-                if not kept.addresses:
+                read = host.handle.call("bytes_read")
+                if not kept.addresses or read is None:
                     raise ClusterError("it had not come up")
+                host.bytes_read = read
             else:
                 router = Router(kept.name, address=kept.address, heard=now)
                 registry.routers[kept.name] = router
@@ -261,7 +263,7 @@ class Launcher:
                 router.report = router.handle.call("report")
                 if router.report is None or not kept.address:
                     raise ClusterError("it had not come up")
-                router.epoch = router.report.epoch
+                router.epoch, router.bytes_read = router.report.epoch, router.handle.call("bytes_read")
         except MorayError as error:
             registry.set_state(registry.hosts.get(kept.name) or registry.routers[kept.name], "dead", str(error))
         else:

@@ -115,6 +115,7 @@ class ExpertHostWorker(_Worker):
     ) -> None:
         self._stopping = threading.Event()
         super().__init__(lease_s)
+        self._read: BytesRead | None = None
         self._host: ExpertHost = _started(lambda: _expert_host(compute, threads, model), gently)
         from ..model.progress import CountingProgress
 
@@ -133,7 +134,13 @@ class ExpertHostWorker(_Worker):
 
     def load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int, how: Mapping[str, Any]) -> BytesRead:
         """See `ExpertHost.load`; `how` are its other arguments."""
-        return self._host.load(checkpoint, slots, epoch=epoch, progress=self._progress, **how)
+        read = self._host.load(checkpoint, slots, epoch=epoch, progress=self._progress, **how)
+        self._read = read if self._read is None else self._read + read
+        return read
+
+    def bytes_read(self) -> BytesRead | None:
+        """What all loads have read and copied; None before the first."""
+        return self._read
 
     def retire(self, epoch: int) -> None:
         """See `ExpertHost.retire`."""
@@ -205,6 +212,10 @@ class RouterWorker(_Worker):
     def bytes_loaded(self) -> int:
         """Bytes of tensors read so far."""
         return self._progress.done
+
+    def bytes_read(self) -> BytesRead | None:
+        """What the router has read; None before it is one."""
+        return None if self._router is None else self._router.bytes_read
 
     def report(self) -> RouterReport | None:
         """See `RouterProcess.report`; None before it has become a router. Renews the lease."""

@@ -58,7 +58,9 @@ def test_it_makes_no_difference_when_it_dies(parts: EngineParts, routers: contex
     async def test() -> None:
         async with client_of(addresses) as client:
             assert await ask_all(client, [wanted]) == expected
-            assert client.resubmitted == (dies_at < 15), "4 steps of prefill, of which the last gives a token, and 11"
+            # At its very first step it may die before it has said that it took the request, which then was never its.
+            moved = {0, 1} if dies_at == 0 else {int(dies_at < 15)}
+            assert client.resubmitted in moved, "4 steps of prefill, of which the last gives a token, and 11"
 
     in_loop(test)
     assert survivor.router.stats().generated_tokens <= 12
