@@ -131,6 +131,7 @@ def test_routers_that_die_of_something_else_are_not_held_against_a_request(
 
     async def test() -> None:
         async with client_of(addresses) as client:
+            await eventually(lambda: len(client._pool.usable) == 9)
             assert await ask_all(client, [wanted]) == expected
             assert client.resubmitted == 8
 
