@@ -251,8 +251,7 @@ class Controller:
         moving = self._transition.moving
         if moving is None:
             return None
-        _, experts = moving
-        total = experts * self._expert_bytes
+        total = moving * self._expert_bytes
         return min(total, max(0, self._bytes_loaded() - self._loaded_before)), total
 
     def _bytes_loaded(self) -> int:

@@ -170,9 +170,13 @@ class Supervisor:
     def _restore_hosts(self, names: list[str]) -> None:
         try:
             with self._transition.urgent():
-                # Those that died while this waited for its turn come along.
+                # Those that died while this waited for its turn come along; those that are to wait longer do not.
                 with self._due_changed:
-                    names += [name for name in list(self._due) if name in self._registry.hosts and self._due.pop(name)]
+                    now = time.monotonic()
+                    later = [n for n, at in self._due.items() if at <= now and n in self._registry.hosts]
+                    for name in later:
+                        del self._due[name]
+                names += later
                 roomless: set[str] = set()
                 side_by_side(lambda name: self._restore(name, roomless), names)
                 if roomless and not self._stopping.is_set():
@@ -204,7 +208,10 @@ class Supervisor:
             registry.happened("no_room", name, detail=str(error), bad=True)
             registry.set_state(member, "dead", str(error))
             roomless.add(name)
-        except MorayError as error:
+        except Exception as error:
+            # Whatever it is: a process that is not tried again is lost for good.
+            if not isinstance(error, MorayError):
+                logger.exception("%s: restoring it failed", name)
             registry.happened("not_restored", name, seconds=time.monotonic() - begun, detail=str(error), bad=True)
             if not self._stopping.is_set():
                 self._restore_later(member, str(error))
@@ -267,12 +274,20 @@ class Supervisor:
                 self._transition.stop()
                 self._stopping.set()
                 return
-            for member in [*self._registry.members(), *self._registry.standby.values()]:
-                if away > self._policy.heartbeat_s:
-                    member.heard += away  # it was this process that stood still
-                self._ask(member, now)
-            self._grow_back(now)
-            self._tick()
+            try:
+                self._round(now, away)
+            except Exception as error:
+                # Without this thread nobody would notice a process that stands still; the next round may do better.
+                logger.exception("a round of reports failed")
+                self._registry.happened("round_failed", "controller", detail=repr(error), bad=True)
+
+    def _round(self, now: float, away: float) -> None:
+        for member in [*self._registry.members(), *self._registry.standby.values()]:
+            if away > self._policy.heartbeat_s:
+                member.heard += away  # it was this process that stood still
+            self._ask(member, now)
+        self._grow_back(now)
+        self._tick()
 
     def _ask(self, member: Member, now: float) -> None:
         handle = member.handle

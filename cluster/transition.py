@@ -51,8 +51,8 @@ class Transition:
         self._calm = threading.Condition()
         self._give_way = threading.Event()
         self._stopping = threading.Event()
-        self.moving: tuple[str, int] | None = None
-        """Of the change that is going on: the epoch, and how many experts it moves; None without one."""
+        self.moving: int | None = None
+        """How many experts the change moves that is going on; None without one."""
 
     @property
     def busy(self) -> bool:
@@ -214,7 +214,7 @@ class Transition:
         registry, launcher, table = self._registry, self._launcher, plan.table
         before = registry.table
         added = [name for name in table.slots if name not in before.slots]
-        self.moving = f"epoch-{table.epoch}", moved_experts(before, table)
+        self.moving = moved_experts(before, table)
         try:
             self._load(table, added, heed=heed)
         except BaseException as error:
