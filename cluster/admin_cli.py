@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .argument_types import above_zero, at_least_one
 from .changes import Wanted
 
 Replicas = tuple[tuple[int, int], int]
@@ -33,8 +34,8 @@ def _add_scale(commands: Any) -> None:
         help="change the number of expert hosts, routers or copies of an expert while requests run",
         description="Prints the plan, loads what moves beside what is served, and has routers change over between steps.",
     )
-    scale.add_argument("--experts", type=_at_least_one, metavar="N", help="expert hosts there should be")
-    scale.add_argument("--routers", type=_at_least_one, metavar="N", help="routers there should be")
+    scale.add_argument("--experts", type=at_least_one, metavar="N", help="expert hosts there should be")
+    scale.add_argument("--routers", type=at_least_one, metavar="N", help="routers there should be")
     scale.add_argument(
         "--replicas",
         type=_replicas,
@@ -77,14 +78,14 @@ def _add_chaos(commands: Any) -> None:
         "while streams run through it, and compares every token with an undisturbed run. Not for a cluster in use.",
     )
     chaos.add_argument("--seed", type=_whole, default=0, metavar="S", help="determines the faults (default 0)")
-    chaos.add_argument("--minutes", type=_above_zero, default=1.0, metavar="M", help="for how long (default 1)")
+    chaos.add_argument("--minutes", type=above_zero, default=1.0, metavar="M", help="for how long (default 1)")
     chaos.add_argument("--url", help="the server (default: the one `moray serve` runs on this machine)")
     chaos.add_argument("--api-key-file", type=Path, metavar="FILE", help="file whose first key to use")
     chaos.add_argument("--address", help="Ray's address (default: that of the `moray serve` on this machine)")
     chaos.add_argument(
         "--faults", type=_names, metavar="LIST", help="only these, with commas between (default: all that can be done)"
     )
-    chaos.add_argument("--streams", type=_at_least_one, default=16, metavar="N", help="streams at once (default 16)")
+    chaos.add_argument("--streams", type=at_least_one, default=16, metavar="N", help="streams at once (default 16)")
     chaos.add_argument("--json", action="store_true", help="print JSON")
     chaos.set_defaults(run=_chaos)
 
@@ -102,22 +103,6 @@ def _whole(text: str) -> int:
     if not re.fullmatch(r"\d+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 0")
     return int(text)
-
-
-def _at_least_one(text: str) -> int:
-    if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
-    return number
 
 
 def _names(text: str) -> tuple[str, ...]:

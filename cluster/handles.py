@@ -153,13 +153,9 @@ class ExpertHostHandle(Handle[HostReport]):
 
     _loading: Any = None
 
-    def become(self, host_id: str) -> None:
-        """Have it be this host; returns at once, an error shows in the next call that waits."""
-        self._actor.become.remote(host_id)
-
-    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> tuple[LinkAddress, ...]:
-        """Have it listen for the kinds of link the deployment may use."""
-        return tuple(self.call("listen", link, secret))
+    def listen(self, host_id: str, link: LinkKind | Literal["auto"], secret: bytes) -> tuple[LinkAddress, ...]:
+        """Have it become this host, and listen for the kinds of link the deployment may use."""
+        return tuple(self.call("listen", host_id, link, secret))
 
     def begin_load(
         self,

@@ -68,7 +68,6 @@ class Launcher:
                 host = registry.hosts[name] = Host(name)
             host.addresses, host.bytes_read, host.report = (), BytesRead(0, 0), None
         if warm is not None and warm.handle is not None:
-            warm.handle.become(name)
             host.handle = warm.handle
         else:
             host.handle = self._spawner.expert_host(name, self._deployment, gently=gently)
@@ -112,7 +111,7 @@ class Launcher:
                     raise
                 self._spawner.check_room(self._deployment, hosts=1, running=self.running())
                 handle.locate(SPAWN_TIMEOUT_S - _ROOM_AFTER_S)
-        addresses = handle.listen(self._deployment.link, self._registry.secret)
+        addresses = handle.listen(host.name, self._deployment.link, self._registry.secret)
         with self._registry.lock:
             host.addresses = addresses
         self._registry.save()

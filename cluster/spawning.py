@@ -60,9 +60,7 @@ class Spawner:
     def expert_host(self, host_id: str, deployment: Deployment, *, gently: bool = False) -> ExpertHostHandle:
         """Start an empty expert host; `gently` beside processes that serve."""
         prepared = self._prepared.pop(host_id, None)
-        handle = prepared if isinstance(prepared, ExpertHostHandle) else self._host(host_id, deployment, gently=gently)
-        handle.become(host_id)
-        return handle
+        return prepared if isinstance(prepared, ExpertHostHandle) else self._host(host_id, deployment, gently=gently)
 
     def standby(self, deployment: Deployment) -> ExpertHostHandle:
         """Start a process that can become any expert host."""

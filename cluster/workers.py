@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -18,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from ..actors.background import run_in_background
 
 if TYPE_CHECKING:
-    from ..actors.expert_host import ExpertHost
     from ..actors.links import LinkAddress, LinkKind
     from ..actors.placement_table import PlacementTable
     from ..actors.reports import HostReport, RouterReport
     from ..actors.router_process import HostAddresses, RouterProcess
     from ..model.compute import Compute
     from ..model.reader import BytesRead
+    from .chaos.fault_points import FaultPoints
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ START_TIMEOUT_S = 600.0
 """For imports and the first allocation on a device; a network disk can make them slow."""
 
 
-class _Worker:
+class _Worker(ABC):
     """What every process has: it says where it is, and ends when it is told to, or when no controller speaks to it any more.
 
     Args:
@@ -78,12 +79,13 @@ class _Worker:
             while self._watcher == watcher and not self._stopped(0.0):
                 self._watched.wait(1.0)
 
+    @abstractmethod
     def _stopped(self, timeout_s: float) -> bool:
-        raise NotImplementedError
+        """Whether `stop` was called, or is within the time."""
 
+    @abstractmethod
     def stop(self) -> None:
         """End what runs here. Idempotent."""
-        raise NotImplementedError
 
     def _ended(self) -> None:
         with self._watched:
@@ -116,17 +118,17 @@ class ExpertHostWorker(_Worker):
         self._stopping = threading.Event()
         super().__init__(lease_s)
         self._read: BytesRead | None = None
-        self._host: ExpertHost = _started(lambda: _expert_host(compute, threads, model), gently)
+        self._host: FaultPoints = _started(lambda: _expert_host(compute, threads, model), gently)
         from ..model.progress import CountingProgress
 
         self._progress = CountingProgress()
 
-    def become(self, host_id: str) -> None:
-        """Be this expert host from now on."""
-        self._host.become(host_id)
+    def listen(self, host_id: str, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
+        """Be this expert host from now on, and listen for every kind that the deployment's `link` may turn into here.
 
-    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
-        """Listen for every kind that the deployment's `link` may turn into on this node."""
+        In one call: those of one caller run side by side, in any order.
+        """
+        self._host.become(host_id)
         kinds: list[LinkKind] = [link] if link != "auto" else ["shm", "gloo"]
         if link == "auto" and self._host.compute.device.type == "cuda":
             kinds.append("nccl")
@@ -161,8 +163,7 @@ class ExpertHostWorker(_Worker):
 
     def inject(self, fault: str, seconds: float, settings: dict[str, Any]) -> int:
         """See `FaultPoints.inject`: for `moray chaos`. Who can call this can call anything in this process."""
-        links: int = self._host.inject(fault, seconds, **settings)  # type: ignore[attr-defined]  # see `_expert_host`
-        return links
+        return self._host.inject(fault, seconds, **settings)
 
     def stop(self) -> None:
         """See `ExpertHost.stop`."""
@@ -189,16 +190,14 @@ class RouterWorker(_Worker):
         self._router_id = router_id
         self._threads = threads
         self._router: RouterProcess | None = None
-        _started(_import_router, gently)
+        self._make = _started(_router_process, gently)
         from ..model.progress import CountingProgress
 
         self._progress = CountingProgress()
 
     def start(self, compute: Mapping[str, Any], **settings: Any) -> tuple[str, BytesRead]:
         """Become the `RouterProcess` with these settings; the address of its front channel, and bytes read."""
-        from ..actors.router_process import RouterProcess
-
-        router = RouterProcess(
+        router = self._make(
             self._router_id,
             bind_host=_node_ip(),
             threads=self._threads,
@@ -254,24 +253,23 @@ def _started(make: Callable[[], T], gently: bool) -> T:
     return run_in_background(make, timeout_s=START_TIMEOUT_S, niceness=_NICENESS) if gently else make()
 
 
-def _expert_host(compute: Mapping[str, Any], threads: int, model: Path | None) -> ExpertHost:
+def _expert_host(compute: Mapping[str, Any], threads: int, model: Path | None) -> FaultPoints:
     import torch
 
-    from ..actors.expert_host import ExpertHost
     from .chaos.fault_points import FaultPoints
 
-    class Host(FaultPoints, ExpertHost):
-        pass
-
     torch.set_num_threads(threads)
-    host = Host("", compute=_compute(compute))
+    host = FaultPoints("", compute=_compute(compute))
     if model is not None:
         host.warm_up(model)
     return host
 
 
-def _import_router() -> None:
-    from ..actors import router_process  # noqa: F401  # for its own sake: it takes seconds
+def _router_process() -> type[RouterProcess]:
+    """The class; its import takes seconds."""
+    from ..actors.router_process import RouterProcess
+
+    return RouterProcess
 
 
 def _compute(described: Mapping[str, Any]) -> Compute:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...configs.deployment import EMBEDDED_MODEL, Deployment
 from ...configs.errors import CheckpointError, ConfigError
+from ..argument_types import above_zero, at_least_one
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
@@ -34,24 +34,24 @@ def add_plan(commands: Any) -> None:
     where.add_argument(
         "--from-cluster", nargs="?", const="auto", metavar="ADDRESS", help="the nodes of a running Ray cluster"
     )
-    plan.add_argument("--memory", type=_above_zero, metavar="GIB", help="each node's own memory")
-    plan.add_argument("--network", type=_above_zero, metavar="GBIT", help="each node's network, Gbit/s")
-    plan.add_argument("--disk", type=_above_zero, metavar="GB", help="what each node reads of the checkpoint, GB/s")
-    plan.add_argument("--price", type=_above_zero, metavar="PRICE", help="of all nodes together, an hour")
+    plan.add_argument("--memory", type=above_zero, metavar="GIB", help="each node's own memory")
+    plan.add_argument("--network", type=above_zero, metavar="GBIT", help="each node's network, Gbit/s")
+    plan.add_argument("--disk", type=above_zero, metavar="GB", help="what each node reads of the checkpoint, GB/s")
+    plan.add_argument("--price", type=above_zero, metavar="PRICE", help="of all nodes together, an hour")
     plan.add_argument(
         "--config", type=Path, metavar="FILE", help="deployment file to plan for (see configs/deployments)"
     )
     plan.add_argument(
-        "--experts", type=_at_least_one, metavar="N", help="expert hosts (default: a GPU each, all that are left)"
+        "--experts", type=at_least_one, metavar="N", help="expert hosts (default: a GPU each, all that are left)"
     )
-    plan.add_argument("--routers", type=_at_least_one, metavar="N", help="routers")
-    plan.add_argument("--min-replicas", type=_at_least_one, metavar="N", help="copies of each expert")
+    plan.add_argument("--routers", type=at_least_one, metavar="N", help="routers")
+    plan.add_argument("--min-replicas", type=at_least_one, metavar="N", help="copies of each expert")
     plan.add_argument("--kv-cache", choices=["auto", "fp8"], help="how KV pages are kept")
     plan.add_argument(
-        "--context", type=_at_least_one, metavar="TOKENS", help="of one request, prompt and answer (default 8192)"
+        "--context", type=at_least_one, metavar="TOKENS", help="of one request, prompt and answer (default 8192)"
     )
     plan.add_argument(
-        "--cache-tokens", type=_at_least_one, metavar="TOKENS", help="KV pages of each router (default: all that fit)"
+        "--cache-tokens", type=at_least_one, metavar="TOKENS", help="KV pages of each router (default: all that fit)"
     )
     plan.add_argument(
         "--batches", type=_numbers, metavar="LIST", help="requests at once to compute a step for, as in 1,32,256"
@@ -61,24 +61,8 @@ def add_plan(commands: Any) -> None:
     plan.set_defaults(run=_plan)
 
 
-def _at_least_one(text: str) -> int:
-    if not re.fullmatch(r"\d+", text, re.ASCII) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
-    return number
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_at_least_one(part.strip()) for part in text.split(","))
+    return tuple(at_least_one(part.strip()) for part in text.split(","))
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -65,8 +65,10 @@ class ThreadHost(ExpertHostHandle):
         self.host.become(host_id)
         self.spawner.hosts[host_id] = self
 
-    def listen(self, link: LinkKind | Literal["auto"], secret: bytes) -> tuple[LinkAddress, ...]:
+    def listen(self, host_id: str, link: LinkKind | Literal["auto"], secret: bytes) -> tuple[LinkAddress, ...]:
         self._answer()
+        if not self.host.host_id:
+            self.become(host_id)
         return (self.host.listen("shm", bind_host="127.0.0.1", secret=secret),)
 
     def begin_load(
