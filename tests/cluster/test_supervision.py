@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from moray.cluster import supervisor as supervisor_module
 from moray.cluster.changes import Wanted
 from moray.cluster.controller import Controller
 from moray.cluster.spawning import NoRoomError
+from moray.configs.errors import ClusterError
 
 from .thread_cluster import ThreadSpawner, ask, deployment, eventually, tokens
 
@@ -50,6 +52,58 @@ def test_a_silent_host_is_reported_and_heard_again(start: Callable[..., Controll
     eventually(lambda: controller.status().health == "ok")
     assert spawner.made.count("expert-host-1") == 1
     assert [what for what in happened(controller) if what in ("stuck", "answers_again")] == ["stuck", "answers_again"]
+
+
+def test_a_pause_before_the_next_attempt_holds_when_another_host_dies(
+    start: Callable[..., Controller], spawner: ThreadSpawner, monkeypatch: pytest.MonkeyPatch, expected: list[int]
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_PAUSES_S", (1000.0, 1000.0))
+    controller = start(hosts=3, min_replicas=2)
+
+    def refuse(name: str) -> None:
+        if name == "expert-host-1":
+            raise ClusterError("no luck")
+
+    spawner.before = refuse
+    spawner.hosts["expert-host-1"].kill()
+    eventually(lambda: state(controller, "expert-host-1") == "dead")
+    attempts = happened(controller).count("not_restored")
+    spawner.hosts["expert-host-2"].kill()
+    eventually(lambda: spawner.made.count("expert-host-2") == 2 and state(controller, "expert-host-2") == "ready")
+    assert happened(controller).count("not_restored") == attempts
+    assert state(controller, "expert-host-1") == "dead"
+    assert tokens(ask(controller)) == expected
+
+
+def test_what_nobody_expected_does_not_end_supervision(
+    start: Callable[..., Controller], spawner: ThreadSpawner, expected: list[int]
+) -> None:
+    """Errors that are not ours, once in a restoration and once in a round of reports."""
+    controller = start(hosts=2)
+    surprises = iter([RuntimeError("a surprise")])
+
+    def surprise(name: str) -> None:
+        if (error := next(surprises, None)) is not None:
+            raise error
+
+    spawner.before = surprise
+    spawner.hosts["expert-host-1"].kill()
+    eventually(lambda: "restored" in happened(controller))
+    assert "not_restored" in happened(controller)
+    rounds = iter([RuntimeError("another")])
+    tick = controller._supervisor._tick  # type: ignore[union-attr]  # it was started
+
+    def failing_once() -> None:
+        if (error := next(rounds, None)) is not None:
+            raise error
+        tick()
+
+    controller._supervisor._tick = failing_once  # type: ignore[union-attr]
+    eventually(lambda: "round_failed" in happened(controller))
+    spawner.hosts["expert-host-0"].silent = True
+    eventually(lambda: "stuck" in happened(controller))
+    eventually(lambda: controller.status().health == "ok")
+    assert tokens(ask(controller)) == expected
 
 
 @pytest.mark.parametrize("name", ["expert-host-1", "router-1"])
