@@ -14,11 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..kernels.fp8 import dequantize_blocks, quantize_blocks
+from ..kernels.fp8 import dequantize_blocks, quantize_blocks, scale_shape
 from .config import FP8_BLOCK, ModelConfig
 from .tensor_names import SCALE_SUFFIX, ExpectedTensor, Role, TensorNames, layer_prefix
 
@@ -80,6 +81,9 @@ SPECIAL_TOKENS = (
 )
 """DeepSeek's special tokens in the order of their ids, from 0; the 256 bytes follow."""
 
+_CODES_RMS = 100.0577
+"""Root mean square of the finite e4m3 values, each as often as any other."""
+
 _VISIBLE_SPECIAL_TOKENS = ("<think>", "</think>")
 
 _CHAT_TEMPLATE = (
@@ -100,6 +104,7 @@ def write_random_checkpoint(
     seed: int = 0,
     tied: bool = False,
     mtp: bool = False,
+    draw_codes: bool = False,
 ) -> Path:
     """Write a random model of DeepSeek-V3's architecture, with a byte-level tokenizer, ready to be served.
 
@@ -113,6 +118,8 @@ def write_random_checkpoint(
         seed: chooses the values, with the tensor's name.
         tied: the head is the embedding.
         mtp: add one MTP module, stored as layer `num_hidden_layers`.
+        draw_codes: with "fp8", draw e4m3 codes and scales themselves: other values, as large, and written several times as
+            fast, which counts for layers of DeepSeek-R1's width.
 
     Returns:
         `path`.
@@ -139,7 +146,10 @@ def write_random_checkpoint(
     batch: dict[str, torch.Tensor] = {}
     in_batch = 0
     for tensor in expected:
-        batch |= _stored(tensor, _random_values(tensor, seed, tied=config.tie_word_embeddings), dtype)
+        if draw_codes and _is_fp8(tensor, dtype):
+            batch |= _random_codes(tensor, seed)
+        else:
+            batch |= _stored(tensor, _random_values(tensor, seed, tied=config.tie_word_embeddings), dtype)
         in_batch += math.prod(tensor.shape)
         if shards_left > 1 and in_batch * shards_left >= elements_left:
             writer.write(batch)
@@ -286,11 +296,27 @@ def _stored(tensor: ExpectedTensor, values: torch.Tensor, dtype: WeightDtype) ->
     """What a checkpoint of `dtype` holds for one tensor, its scales included."""
     if dtype == "float32" or tensor.role is Role.GATE_BIAS:
         return {tensor.name: values}
-    plain = ("lm_head.weight", "shared_head.head.weight", "eh_proj.weight", "mlp.gate.weight")
-    if dtype == "fp8" and tensor.role is Role.LINEAR and not tensor.name.endswith(plain):
+    if _is_fp8(tensor, dtype):
         codes, scale_inv = quantize_blocks(values)
         return {tensor.name: codes, tensor.scale_name: scale_inv}
     return {tensor.name: values.to(torch.bfloat16)}
+
+
+def _is_fp8(tensor: ExpectedTensor, dtype: WeightDtype) -> bool:
+    plain = ("lm_head.weight", "shared_head.head.weight", "eh_proj.weight", "mlp.gate.weight")
+    return dtype == "fp8" and tensor.role is Role.LINEAR and not tensor.name.endswith(plain)
+
+
+def _random_codes(tensor: ExpectedTensor, seed: int) -> dict[str, torch.Tensor]:
+    """Codes of all finite e4m3 values alike, with scales that give the matrix about the variance 1/in."""
+    generator = np.random.default_rng(zlib.crc32(f"{seed} {tensor.name}".encode()))
+    codes = np.frombuffer(bytearray(generator.bytes(math.prod(tensor.shape))), dtype=np.uint8)
+    codes[codes & 0x7F == 0x7F] ^= 1  # the two codes of NaN become those of +-448
+    scale = generator.uniform(0.5, 1.5, scale_shape(*tensor.shape)) / (_CODES_RMS * math.sqrt(tensor.shape[-1]))
+    return {
+        tensor.name: torch.from_numpy(codes).view(torch.float8_e4m3fn).reshape(tensor.shape),
+        tensor.scale_name: torch.from_numpy(scale.astype(np.float32)),
+    }
 
 
 def _read_all(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

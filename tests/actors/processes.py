@@ -17,10 +17,12 @@ from moray.actors.testing import SECRET, EngineParts
 
 @dataclass(frozen=True, slots=True)
 class HostProcess:
-    """A host's process and where it listens."""
+    """A host's process, where it listens, and the bytes that it has read of the checkpoint's tensors and holds."""
 
     pid: int
     address: LinkAddress
+    data_bytes_read: int
+    resident_bytes: int
 
 
 @contextlib.contextmanager
@@ -37,6 +39,7 @@ def host_processes(parts: EngineParts, table: PlacementTable, kind: LinkKind) ->
             description = {
                 "host_id": host_id,
                 "dtype": str(parts.compute.dtype).removeprefix("torch."),
+                "keep_fp8": parts.compute.keep_fp8,
                 "checkpoint": str(parts.checkpoint),
                 "slots": slots,
                 "epoch": table.epoch,
@@ -50,8 +53,14 @@ def host_processes(parts: EngineParts, table: PlacementTable, kind: LinkKind) ->
         hosts = {}
         for host_id, process in processes.items():
             assert process.stdout is not None
-            ((kind_, endpoint, machine),) = json.loads(process.stdout.readline())
-            hosts[host_id] = HostProcess(process.pid, LinkAddress(kind_, endpoint, machine))
+            loaded = json.loads(process.stdout.readline())
+            ((kind_, endpoint, machine),) = loaded["addresses"]
+            hosts[host_id] = HostProcess(
+                process.pid,
+                LinkAddress(kind_, endpoint, machine),
+                loaded["data_bytes_read"],
+                loaded["resident_bytes"],
+            )
         yield hosts
 
 

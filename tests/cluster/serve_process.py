@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -32,6 +33,27 @@ def eventually(check: Callable[[], Any], what: str, *, within_s: float = 60.0) -
         assert time.monotonic() < deadline, f"not within {within_s:.0f} s: {what}"
         time.sleep(0.05)
     return found
+
+
+def stream_ids(client: httpx.Client, prompt: list[int], tokens: int, started: list[int]) -> list[int]:
+    """The `tokens` tokens of one greedy stream, which are also put into `started` as they come."""
+    body = {
+        "model": "tiny-r1",
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": True,
+    }
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                started += event["choices"][0]["token_ids"]
+    return started
 
 
 class Serve:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from moray.model.checkpoint import total_bytes
 from moray.model.loading import open_model
 from moray.model.tensor_names import TensorNames
 
-from .serve_process import KEY, START_S, Serve, eventually
+from .serve_process import KEY, START_S, Serve, eventually, stream_ids
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -34,28 +33,6 @@ def undisturbed() -> list[int]:
         (answer,) = llm.generate([PROMPT], max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     assert len(answer.token_ids) == TOKENS
     return answer.token_ids
-
-
-def stream_ids(client: httpx.Client, started: list[int]) -> list[int]:
-    """The tokens of one long greedy stream, which are also put into `started` as they come."""
-    body = {
-        "model": "tiny-r1",
-        "prompt": PROMPT,
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": True,
-    }
-    with client.stream("POST", "/v1/completions", json=body) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise RuntimeError(event["error"]["message"])
-                started += event["choices"][0]["token_ids"]
-    return started
 
 
 def expert_bytes() -> int:
@@ -81,7 +58,7 @@ def test_a_stream_outlives_an_expert_host(link: str, undisturbed: list[int], req
     with serve.client(key=key) as client, ThreadPoolExecutor(1) as thread:
         victim = process(serve, "expert-host-1", key)
         seen: list[int] = []
-        stream = thread.submit(stream_ids, client, seen)
+        stream = thread.submit(stream_ids, client, PROMPT, TOKENS, seen)
         eventually(lambda: len(seen) > 10, "the stream has begun")
         os.kill(victim["pid"], signal.SIGKILL)
         killed_at = len(seen)
@@ -107,7 +84,7 @@ def test_a_stream_outlives_a_host_that_hangs_for_a_while(gloo_server: Serve, und
     with gloo_server.client(key=KEY) as client, ThreadPoolExecutor(1) as thread:
         victim = process(gloo_server, "expert-host-2", KEY)
         seen: list[int] = []
-        stream = thread.submit(stream_ids, client, seen)
+        stream = thread.submit(stream_ids, client, PROMPT, TOKENS, seen)
         eventually(lambda: len(seen) > 10, "the stream has begun")
         os.kill(victim["pid"], signal.SIGSTOP)
         try:
@@ -124,7 +101,7 @@ def test_a_router_is_started_again(shm_server: Serve, undisturbed: list[int]) ->
     with shm_server.client() as client, ThreadPoolExecutor(1) as thread:
         victim = process(shm_server, "router-0", None)
         seen: list[int] = []
-        stream = thread.submit(stream_ids, client, seen)
+        stream = thread.submit(stream_ids, client, PROMPT, TOKENS, seen)
         eventually(lambda: len(seen) > 10, "the stream has begun")
         os.kill(victim["pid"], signal.SIGKILL)
         killed_at = len(seen)
@@ -145,7 +122,7 @@ def test_a_controller_is_started_again(gloo_server: Serve, undisturbed: list[int
         before = {p["id"]: p["pid"] for p in gloo_server.status(key=KEY)["processes"]}
         old = before.pop("controller")
         seen: list[int] = []
-        stream = thread.submit(stream_ids, client, seen)
+        stream = thread.submit(stream_ids, client, PROMPT, TOKENS, seen)
         eventually(lambda: len(seen) > 10, "the stream has begun")
         os.kill(old, signal.SIGKILL)
 
@@ -160,4 +137,4 @@ def test_a_controller_is_started_again(gloo_server: Serve, undisturbed: list[int
         del after["controller"]
         assert after == before
         assert "took_over" in [event["what"] for event in gloo_server.status(key=KEY)["events"]]
-        assert stream_ids(client, []) == undisturbed
+        assert stream_ids(client, PROMPT, TOKENS, []) == undisturbed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -19,7 +18,7 @@ import yaml
 from moray.cluster.local import LLM
 from moray.cluster.run_state import descendants
 
-from .serve_process import Serve, eventually
+from .serve_process import Serve, eventually, stream_ids
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -62,28 +61,10 @@ def serve(serve_factory: Callable[..., Serve], tmp_path_factory: pytest.TempPath
     serve.take_down()
 
 
-def stream_ids(url: str, stream: int, started: list[int]) -> list[int]:
-    """The tokens of one greedy stream, which are also put into `started` as they come. Each has a connection of its own."""
-    body = {
-        "model": "tiny-r1",
-        "prompt": prompt(stream),
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": True,
-    }
-    with (
-        httpx.Client(base_url=url, timeout=120.0, trust_env=False) as client,
-        client.stream("POST", "/v1/completions", json=body) as response,
-    ):
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                assert "error" not in event, event
-                started += event["choices"][0]["token_ids"]
-    return started
+def stream_on_its_own(serve: Serve, stream: int, started: list[int]) -> list[int]:
+    """One stream over a connection of its own."""
+    with serve.client() as client:
+        return stream_ids(client, prompt(stream), TOKENS, started)
 
 
 def pids(serve: Serve, name: str) -> list[int]:
@@ -147,7 +128,7 @@ def test_a_frozen_process_is_reported(process: str, called: str, serve: Serve, u
     before = pids(serve, process)
     seen: list[list[int]] = [[] for _ in range(STREAMS)]
     with ThreadPoolExecutor(STREAMS) as pool:
-        streams = [pool.submit(stream_ids, serve.url, i, seen[i]) for i in range(STREAMS)]
+        streams = [pool.submit(stream_on_its_own, serve, i, seen[i]) for i in range(STREAMS)]
         try:
             eventually(lambda: all(len(tokens) > 5 for tokens in seen), "every stream has begun")
             with frozen(before[0]):

@@ -11,12 +11,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 
 from moray.cluster.local import LLM
 
-from .serve_process import Serve, eventually
+from .serve_process import Serve, eventually, stream_ids
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -37,27 +36,6 @@ def undisturbed() -> dict[int, list[int]]:
             [prompt(stream) for stream in range(STREAMS)], max_tokens=TOKENS, temperature=0.0, ignore_eos=True
         )
     return dict(enumerate(answer.token_ids for answer in answers))
-
-
-def stream_ids(client: httpx.Client, stream: int) -> list[int]:
-    body = {
-        "model": "tiny-r1",
-        "prompt": prompt(stream),
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": True,
-    }
-    found: list[int] = []
-    with client.stream("POST", "/v1/completions", json=body) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                assert "error" not in event, event
-                found += event["choices"][0]["token_ids"]
-    return found
 
 
 def scale(serve: Serve, *arguments: str, status: int = 0) -> str:
@@ -87,7 +65,7 @@ def test_streams_go_on_while_hosts_come_and_go(shm_server: Serve, undisturbed: d
             for stream in itertools.islice(itertools.cycle(range(STREAMS)), first, None):
                 if stop.is_set():
                     return
-                if stream_ids(client, stream) != undisturbed[stream]:
+                if stream_ids(client, prompt(stream), TOKENS, []) != undisturbed[stream]:
                     wrong.append(f"stream {stream}")
                 finished.append(time.monotonic())
 
