@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..configs.errors import ConfigError
+from ..configs.errors import ConfigError, HandshakeError
 from .deadline import Deadline
 from .links import Link, LinkAddress, LinkKind, Site, choose_kind, dial
 
@@ -21,12 +21,16 @@ def dial_host(
     addresses: HostAddresses,
     wanted: LinkKind | Literal["auto"],
     *,
+    host: str,
     secret: bytes,
     identity: str,
     device: torch.device,
     timeout_s: float = _DIAL_TIMEOUT_S,
 ) -> Link:
     """Link to an expert host by the kind that is wanted, or by the best one for the two places.
+
+    Args:
+        host: whose addresses these are. Where it has gone, another host of the cluster may listen at one of them by now.
 
     Raises:
         ConfigError: the host does not offer the kind, or it cannot join the two.
@@ -39,4 +43,8 @@ def dial_host(
     if address is None:
         offered = ", ".join(address.kind for address in addresses) or "none"
         raise ConfigError(f"link = {wanted!r} needs a {kind} link, the expert host offers {offered}")
-    return dial(address, secret=secret, identity=identity, deadline=Deadline.after(timeout_s))
+    link = dial(address, secret=secret, identity=identity, deadline=Deadline.after(timeout_s))
+    if link.peer != host:
+        link.close()
+        raise HandshakeError(host, f"is gone: {link.peer} listens at {address.endpoint} now")
+    return link

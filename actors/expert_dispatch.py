@@ -21,10 +21,10 @@ from .host_line import HostLine
 from .links.base import Link
 from .moe_frames import Kind, MoeHeader
 from .pending_experts import PendingExperts, Share
-from .placement_table import PlacementTable
+from .placement_table import PlacementTable, is_cold
 from .replica_choice import choose_replicas
 from .reports import HostView
-from .routes import IF_NEED_BE, NO, YES, IntArray, LayerRoutes, Routes
+from .routes import IF_NEED_BE, IF_NOT_ELSEWHERE, NO, YES, IntArray, LayerRoutes, Routes
 
 logger = logging.getLogger("moray.router")
 
@@ -298,7 +298,9 @@ class ExpertDispatch:
             line = self._lines.get(host)
             if line is None or host in claim.refused:
                 return NO
-            return avoided if line.to_be_avoided else IF_NEED_BE if line.slow else YES
+            if line.to_be_avoided:
+                return avoided
+            return IF_NEED_BE if line.slow else IF_NOT_ELSEWHERE if is_cold(host) else YES
 
         return tuple(map(askable, self._routes.hosts))
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from ..configs.errors import ClusterError, LinkError
-from ..kernels.experts import grouped_mlp
+from ..kernels.experts import ExpertWeights, grouped_mlp
 from ..model.compute import Compute
 from ..model.loading import BytesRead
 from ..model.progress import Progress
@@ -24,11 +24,12 @@ from .deadline import Deadline
 from .expert_loading import ExpertLoader
 from .held_experts import HeldExperts
 from .links import Frame, InlineLink, Link, LinkAddress, LinkKind, Listener, listen
+from .links.wire import MAX_PAYLOAD_BYTES
 from .model_files import ModelFiles
 from .moe_frames import Kind, MoeHeader, check_pairs
 from .placement_table import EMPTY
 from .reports import HostReport
-from .weight_copy import Sources, give
+from .weight_copy import Sources, give, tensors_of
 
 logger = logging.getLogger("moray.expert_host")
 
@@ -41,6 +42,8 @@ _READS_BESIDE_SERVING = 1
 
 _REPLY_TIMEOUT_S = 10.0
 """A router that does not take a reply for this long is treated as gone: its own step waits for it with nothing else to do."""
+
+_COMPUTED_IN = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class ExpertHost:
@@ -225,14 +228,15 @@ class ExpertHost:
         if hidden_states.dim() != 2 or pairs.dim() != 2 or pairs.shape[0] != 2 or pairs.dtype != torch.int32:
             shapes = f"{list(hidden_states.shape)} and {list(pairs.shape)} {pairs.dtype}"
             raise ValueError(f"expected [T, H] and [2, P] torch.int32, got {shapes}")
+        _check_sizes(hidden_states, pairs, experts)
         device = self.compute.device
         if device.type == "cuda" and not pairs.is_cuda:
             check_pairs(pairs, hidden_states.shape[0])  # on the GPU nobody will
         with self._one_at_a_time, torch.inference_mode():
             rows, slots = pairs.to(device).unbind()
-            hidden_states = hidden_states.to(device)
+            own = hidden_states.to(device=device, dtype=self.compute.dtype)
             with self._busy.measured():
-                outputs = grouped_mlp(hidden_states, rows, slots, experts)
+                outputs = grouped_mlp(own, rows, slots, experts).to(hidden_states.dtype)
             self._pairs += rows.shape[0]
             return outputs
 
@@ -292,3 +296,24 @@ class ExpertHost:
             with self._lock:
                 self._links.discard(link)
             link.close()
+
+
+def _check_sizes(hidden_states: torch.Tensor, pairs: torch.Tensor, experts: ExpertWeights) -> None:
+    """Refuse work that kernels would read beyond its tensors for, or whose result no frame could carry.
+
+    Raises:
+        ValueError: no dtype that a router computes in, another hidden size, or too large a result: a few bytes ask for each
+            row of it.
+    """
+    if hidden_states.dtype not in _COMPUTED_IN:
+        raise ValueError(
+            f"hidden states in {hidden_states.dtype}; routers compute in {', '.join(map(str, _COMPUTED_IN))}"
+        )
+    for weights in experts.values():
+        width = tensors_of(weights)[0].shape[1]
+        if hidden_states.shape[1] != width:
+            raise ValueError(f"hidden states of {hidden_states.shape[1]} for experts of {width}")
+        break
+    nbytes = pairs.shape[1] * hidden_states.shape[1] * hidden_states.element_size()
+    if nbytes > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"a result of {nbytes} bytes, a frame carries {MAX_PAYLOAD_BYTES}: ask in parts")

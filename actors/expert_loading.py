@@ -216,6 +216,7 @@ class _Givers:
             link = dial_host(
                 source.addresses,
                 load.link,
+                host=name,
                 secret=load.secret,
                 identity=load.host_id,
                 device=load.compute.device,

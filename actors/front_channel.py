@@ -36,6 +36,13 @@ LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """A prompt of R1's whole context is 0.7 MB; whatever claims to be longer than this is not one of ours."""
 
+_MAX_ITEMS: Final = 1 << 14
+"""Of a list or map: requests of a step, tokens of one, tokens to stop at. A list is allocated for as many items as its first
+bytes claim, and each of 500 levels may claim anew, so that the message's own length is no bound."""
+
+_MAX_TEXT_BYTES: Final = 1 << 20
+"""Of a name or an error. Tokens travel as bytes."""
+
 OF_ROUTERS: Final = Heartbeat(every_s=0.5, silent_after_s=2.5)
 """A router's beats come from a thread that waits for nothing else, however long a step takes. Five in a row are missed only
 where the process is stopped or the network gone; a stream stands still for as long before it goes on elsewhere."""
@@ -57,7 +64,9 @@ def decode(body: bytes) -> list[Any]:
     Raises:
         ValueError: it is not one.
     """
-    message = msgpack.unpackb(body)
+    message = msgpack.unpackb(
+        body, max_array_len=_MAX_ITEMS, max_map_len=_MAX_ITEMS, max_str_len=_MAX_TEXT_BYTES, max_ext_len=0
+    )
     if not isinstance(message, list) or not message or not isinstance(message[0], str):
         raise ValueError("not a message: must be a list that begins with its kind")
     return message

@@ -114,14 +114,14 @@ class HostLinks:
         if not wanted:
             return {}, {}
         with ThreadPoolExecutor(len(wanted), thread_name_prefix=f"{self._router_id}-dial") as threads:
-            dials = {host: threads.submit(self._dial, there, _DIAL_TIMEOUT_S) for host, there in wanted.items()}
+            dials = {host: threads.submit(self._dial, host, there, _DIAL_TIMEOUT_S) for host, there in wanted.items()}
         errors = {host: error for host, dial in dials.items() if (error := dial.exception()) is not None}
         return {host: dial.result() for host, dial in dials.items() if host not in errors}, errors
 
     def _mend(self, host: str, use: Callable[[str, Link], None], stopped: threading.Event) -> None:
         addresses = self._addresses(host)
         try:
-            link = self._dial(addresses, _MEND_TIMEOUT_S)
+            link = self._dial(host, addresses, _MEND_TIMEOUT_S)
         except LinkError as error:
             logger.debug("%s: %s", self._router_id, error)
             return
@@ -138,12 +138,13 @@ class HostLinks:
         with self._lock:
             return self._hosts[host]
 
-    def _dial(self, addresses: HostAddresses, timeout_s: float) -> Link:
+    def _dial(self, host: str, addresses: HostAddresses, timeout_s: float) -> Link:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # what a link's buffers are on is the dialling thread's own setting
         return dial_host(
             addresses,
             self._link,
+            host=host,
             secret=self._secret,
             identity=self._router_id,
             device=self._device,

@@ -9,6 +9,15 @@ from typing import Any
 EMPTY = -1
 """In place of an expert: the slot holds nothing. Only planned tables have such slots."""
 
+COLD_HOST = "cold-host-"
+"""How the ids of cold hosts begin: an id tells everybody what kind of host it is, also after its process was replaced, or
+the controller."""
+
+
+def is_cold(host_id: str) -> bool:
+    """Whether the host is one of the cold tier: on a CPU, for experts that least is asked of (`experts.cold`)."""
+    return host_id.startswith(COLD_HOST)
+
 
 @dataclass(frozen=True, slots=True)
 class PlacementTable:

@@ -14,7 +14,7 @@ from . import front_channel
 from .deadline import Deadline
 from .heartbeat import Heartbeat, Silence
 from .links.acceptor import Acceptor
-from .links.sockets import SocketWaiter, recv_some_into, send_all, shut_down
+from .links.sockets import SocketWaiter, endpoint_of, listen_tcp, recv_some_into, send_all, shut_down
 from .messages import TokenOutput
 from .router import Router
 
@@ -53,8 +53,8 @@ class RouterServer:
     ) -> None:
         self._router = router
         self._remember_silent_s = remember_silent_s
-        listening = socket.create_server((bind_host, 0), backlog=64)
-        self.address = f"{bind_host}:{listening.getsockname()[1]}"
+        listening = listen_tcp(bind_host)
+        self.address = endpoint_of(listening)
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # guards the next two
         self._fronts: set[_FrontConnection] = set()

@@ -13,8 +13,8 @@ from .placement_table import EMPTY, PlacementTable
 
 IntArray = npt.NDArray[np.int64]
 
-NO, IF_NEED_BE, YES = 0, 1, 2
-"""Whether a host can be asked: `IF_NEED_BE` for experts alone that no better host has."""
+NO, IF_NEED_BE, IF_NOT_ELSEWHERE, YES = range(4)
+"""Whether a host can be asked, the better the higher: an expert is asked of the best hosts alone that have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Routes:
         return int(np.count_nonzero(~has[self._hosts].any(axis=1)))
 
     def of_layer(self, layer: int, askable: tuple[int, ...]) -> LayerRoutes:
-        """Where the experts of a model layer can be asked for, given `NO`, `IF_NEED_BE` or `YES` for each of the hosts.
+        """Where the experts of a model layer can be asked for, given `NO` to `YES` for each of the hosts.
 
         What was found is kept for as long as the same hosts are asked for: nearly always.
         """

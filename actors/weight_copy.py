@@ -130,6 +130,8 @@ def give(
     """
     if not tensors or tensors[0].dtype != torch.int64 or tensors[0].dim() != 2 or tensors[0].shape[1] != 4:
         raise ValueError("expected pieces [P, 4] torch.int64 and the forms of an expert's tensors")
+    if len(tensors[0]) > MAX_TENSORS:
+        raise ValueError(f"{len(tensors[0])} pieces; a reply carries at most {MAX_TENSORS}")
     pieces = [Piece(*row) for row in tensors[0].tolist()]
     wanted = _described(tensors[1:])
     given = []

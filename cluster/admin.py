@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from ..configs.errors import ClusterError, MorayError
+from . import private_ray
 from .admin_text import done_text, plan_text
 from .changes import Change, Wanted
 from .load_progress import LoadingShown
@@ -20,6 +22,9 @@ _CHANGE_TIMEOUT_S = 3600.0
 
 _ASK_TIMEOUT_S = 10.0
 """For a plan, or how far a change is; a plan for the largest model takes about a second."""
+
+_THREAD_END_S = 2.0
+_THREAD_POLL_S = 0.005
 
 
 def change(address: str | None, wanted: Wanted, *, dry_run: bool, as_json: bool) -> int:
@@ -84,6 +89,7 @@ def controller_at(address: str) -> Iterator[Any]:
     Raises:
         ClusterError: Ray is not there, or serves no Moray.
     """
+    private_ray.use_token_for(address)
     import ray
     from ray import serve
 
@@ -99,7 +105,25 @@ def controller_at(address: str) -> Iterator[Any]:
             raise ClusterError(f"the cluster at {address} serves no application {APP!r}")
         yield serve.get_deployment_handle("controller", app_name=APP)
     finally:
+        end_serve_thread()
         ray.shutdown()
+
+
+def end_serve_thread() -> None:
+    """End Serve's thread behind handles, which goes on asking Ray for what is new.
+
+    If it does while Ray shuts down, Ray ends the whole process on the spot, with status 1: what was to be said is never said.
+    """
+    from ray.serve._private.router import SingletonThreadRouter
+
+    loop = SingletonThreadRouter._asyncio_loop
+    if loop is None:
+        return
+    SingletonThreadRouter._asyncio_loop = None  # for the next handle of this process to have one of its own
+    loop.call_soon_threadsafe(loop.stop)
+    deadline = time.monotonic() + _THREAD_END_S
+    while loop.is_running() and time.monotonic() < deadline:
+        time.sleep(_THREAD_POLL_S)
 
 
 def ask(response: Any, timeout_s: float) -> Any:

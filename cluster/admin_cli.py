@@ -35,6 +35,9 @@ def _add_scale(commands: Any) -> None:
         description="Prints the plan, loads what moves beside what is served, and has routers change over between steps.",
     )
     scale.add_argument("--experts", type=at_least_one, metavar="N", help="expert hosts there should be")
+    scale.add_argument(
+        "--cold", type=_whole, metavar="N", help="expert hosts there should be in the cold tier, on CPUs"
+    )
     scale.add_argument("--routers", type=at_least_one, metavar="N", help="routers there should be")
     scale.add_argument(
         "--replicas",
@@ -126,9 +129,11 @@ def _replicas(text: str) -> Replicas:
 
 
 def _scale(options: argparse.Namespace) -> int:
-    if options.experts is None and options.routers is None and not options.replicas:
-        options.refuse("what should there be? Give at least one of --experts N, --routers N, --replicas LAYER:EXPERT=N")
-    return _change(options, Wanted(options.experts, options.routers, _all_replicas(options)))
+    if options.experts is None and options.cold is None and options.routers is None and not options.replicas:
+        options.refuse(
+            "what should there be? Give at least one of --experts N, --cold N, --routers N, --replicas LAYER:EXPERT=N"
+        )
+    return _change(options, Wanted(options.experts, options.routers, _all_replicas(options), cold=options.cold))
 
 
 def _all_replicas(options: argparse.Namespace) -> dict[tuple[int, int], int]:

@@ -17,6 +17,8 @@ def plan_text(plan: Change, wanted: Wanted) -> str:
     lines = [f"plan: {'; '.join(parts)}"]
     if plan.moved:
         lines.append(f"balance: {plan.balance_before:.2f} -> {plan.balance_after:.2f}")
+    if plan.cold_share_before or plan.cold_share_after:
+        lines.append(f"load of the cold hosts: {plan.cold_share_before:.1%} -> {plan.cold_share_after:.1%}")
     return "\n".join([*lines, *_shortages(plan)])
 
 
@@ -30,7 +32,7 @@ def _already(wanted: Wanted) -> str:
     """Why a plan for `wanted` is empty."""
     if wanted.rebalance:
         return "no move of experts would win enough"
-    if wanted.replicas and wanted.experts is None and wanted.routers is None:
+    if wanted.replicas and wanted.experts is None and wanted.cold is None and wanted.routers is None:
         return "no expert has to move for it"
     return "it is as you ask"
 

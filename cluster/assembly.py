@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
 from ..actors.front.served_model import ServedModel
 from ..actors.front.settings import FrontSettings, load_api_keys
+from ..actors.placement_table import COLD_HOST, is_cold
 from ..actors.router import RouterSettings
-from ..configs.deployment import EMBEDDED_MODEL, Deployment
+from ..configs.deployment import EMBEDDED_MODEL, Deployment, ExpertHosts
 from ..configs.errors import ConfigError
+from ..configs.model_url import ModelUrl, is_model_url
 from ..model.compute import Compute
 from ..model.config import ModelConfig
+from ..model.fetching.directory import CheckpointDirectory
+from ..model.fetching.fetch import default_weights_dir, fetch, pin
+from ..model.fetching.selection import Parts
+from ..model.progress import Progress
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def checkpoint_path(model: str) -> Path:
-    """The directory behind a deployment's `model`.
+def checkpoint_path(
+    model: str, *, weights_dir: str | None = None, parts: Parts = "all", progress: Progress | None = None
+) -> Path:
+    """The directory behind a deployment's `model` on this node; what of it is missing is fetched, where there is a URL.
+
+    Args:
+        weights_dir: of the deployment.
+        parts: `metadata` is everything but weights; of a URL alone, for a directory is there or not.
+        progress: where to show a fetch; by default a bar on a terminal, else a log line now and then.
 
     Raises:
-        ConfigError: there is no such directory.
+        ConfigError: there is no such directory, or nothing that could fetch it.
+        FetchError: it cannot be fetched.
     """
     if model == EMBEDDED_MODEL:
         return Path(__file__).resolve().parent.parent / "model" / "tiny_r1"
+    if is_model_url(model):
+        return fetch(ModelUrl.parse(model), _models(weights_dir), parts=parts, progress=progress).path
     path = Path(model).expanduser()
     if not path.is_dir():
-        raise ConfigError(f"model = {model!r}: no such directory; give a checkpoint directory, or {EMBEDDED_MODEL}")
+        raise ConfigError(
+            f"model = {model!r}: no such directory on {os.uname().nodename}; give a checkpoint directory that every node has, "
+            f"a URL to fetch it from, or {EMBEDDED_MODEL}"
+        )
     return path.resolve()
+
+
+def fetched_directory(model: str, weights_dir: str | None) -> CheckpointDirectory | None:
+    """Where a model with a pinned URL is, or will be, on this node; None for what is not fetched."""
+    if not is_model_url(model):
+        return None
+    return CheckpointDirectory(_models(weights_dir) / ModelUrl.parse(model).directory())
+
+
+def pinned(deployment: Deployment) -> Deployment:
+    """The same with its model's URL, if it has one, at the commit or fingerprint of now: every node then has the same weights.
+
+    Raises:
+        ConfigError, FetchError: there is no such model, or it cannot be reached.
+    """
+    if not is_model_url(deployment.model):
+        return deployment
+    return deployment.model_copy(update={"model": str(pin(ModelUrl.parse(deployment.model)))})
+
+
+def _models(weights_dir: str | None) -> Path:
+    return default_weights_dir() if weights_dir is None else Path(weights_dir).expanduser().absolute()
 
 
 def compute(deployment: Deployment, *, gpus: float) -> Compute:
@@ -38,18 +82,46 @@ def compute(deployment: Deployment, *, gpus: float) -> Compute:
     if deployment.device == "cuda" and not gpus:
         raise ConfigError("device = 'cuda': there is no GPU here; use cpu or auto, or start nodes that have some")
     on_gpu = deployment.device == "cuda" or (deployment.device == "auto" and gpus > 0)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(deployment.dtype)
     return Compute(
         device=torch.device("cuda" if on_gpu else "cpu"),
-        dtype=dtype or (torch.bfloat16 if on_gpu else torch.float32),
+        dtype=_DTYPES.get(deployment.dtype) or (torch.bfloat16 if on_gpu else torch.float32),
         keep_fp8=deployment.fp8 == "keep" or (deployment.fp8 == "auto" and on_gpu),
         fp8_kv=deployment.routers.kv_cache == "fp8",
+    )
+
+
+def host_compute(deployment: Deployment, host_id: str, *, gpus: float) -> Compute:
+    """What this expert host computes with: that of `compute`, but for cold hosts.
+
+    Raises:
+        ConfigError: see `compute`.
+    """
+    others = compute(deployment, gpus=gpus)
+    if not is_cold(host_id):
+        return others
+    cold = deployment.experts.cold
+    as_others = others.device.type == "cpu" and others.keep_fp8
+    return Compute(
+        device=torch.device("cpu"),
+        dtype=_DTYPES.get(cold.dtype) or _DTYPES.get(deployment.dtype) or torch.float32,
+        keep_fp8=cold.fp8 == "keep" or (cold.fp8 == "auto" and as_others),
+        fp8_kv=others.fp8_kv,
     )
 
 
 def host_name(index: int) -> str:
     """Id of an expert host."""
     return f"expert-host-{index}"
+
+
+def cold_name(index: int) -> str:
+    """Id of an expert host of the cold tier."""
+    return f"{COLD_HOST}{index}"
+
+
+def host_names(experts: ExpertHosts) -> list[str]:
+    """Ids of the expert hosts that a deployment starts with, those of the cold tier last."""
+    return [host_name(i) for i in range(experts.hosts)] + [cold_name(i) for i in range(experts.cold.hosts)]
 
 
 def router_name(index: int) -> str:
@@ -103,7 +175,9 @@ def served_model(deployment: Deployment, config: ModelConfig) -> ServedModel:
         CheckpointError: tokenizer or generation settings are missing or damaged.
     """
     return ServedModel.load(
-        checkpoint_path(deployment.model), name=deployment.served_name, max_context=max_context(deployment, config)
+        checkpoint_path(deployment.model, weights_dir=deployment.weights_dir, parts="metadata"),
+        name=deployment.served_name,
+        max_context=max_context(deployment, config),
     )
 
 

@@ -33,10 +33,10 @@ class Observation:
 
     Attributes:
         epoch: of the placement table.
-        hosts: expert hosts in it.
+        hosts: expert hosts in it, without those of the cold tier: how many these are is for people to say.
         routers: routers there are.
         utilisation: mean share of the time that the hosts compute.
-        balance: mean over maximum of the hosts' measured loads.
+        balance: mean over maximum of the hosts' measured loads; see `load_monitor.balance`.
         tokens_per_expert: routed tokens that `balance` rests on, for each expert of a layer on average.
         waiting: requests that wait at the routers, together.
         running: requests that run there, together.

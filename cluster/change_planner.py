@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from ..actors.placement_table import PlacementTable
+from ..actors.placement_table import PlacementTable, is_cold
 from ..configs.errors import ConfigError
 from ..model.config import ModelConfig
-from .assembly import host_name, router_name
+from .assembly import cold_name, host_name, router_name
 from .changes import Change, Wanted, moved_experts
+from .cold_tier import cold_shares
 from .load_monitor import LoadMonitor, balance
 from .placement import plan_next
 from .placement_plan import PlacementPlan
-from .registry import Registry, by_number
+from .registry import Registry, by_kind, by_number
 
 _ENOUGH_TOKENS = 100.0
 """Tokens an expert must have seen lately, on average, for a plan to heed their distribution without being told to."""
@@ -54,12 +55,16 @@ class ChangePlanner:
             raise ConfigError("rebalance: no load was measured yet; send some requests first")
         load = self._monitor.load if wanted.rebalance else self.load()
         measured = np.ones((table.layers, table.experts)) if load is None else load
+        experts = registry.deployment.experts
         hosts = _next_hosts(table, wanted)
+        if registry.deployment.link == "nccl" and any(map(is_cold, hosts)):
+            raise ConfigError("link = 'nccl': cold hosts have no GPU; use link: auto")
         plan = plan_next(
             self._config,
             hosts,
-            min_replicas=self._registry.deployment.experts.min_replicas,
-            spare_slots=self._registry.deployment.experts.spare_slots,
+            min_replicas=experts.min_replicas,
+            spare_slots=experts.spare_slots,
+            cold_slots=experts.cold.slots,
             load=load,
             replicas=replicas,
             nodes={name: node for name, node in nodes.items() if name in hosts},
@@ -76,6 +81,8 @@ class ChangePlanner:
             total=table.layers * table.experts,
             balance_before=round(balance(measured, table), 4),
             balance_after=round(balance(measured, plan.table if changed else table), 4),
+            cold_share_before=round(cold_shares(measured, table)[0], 4),
+            cold_share_after=round(cold_shares(measured, plan.table if changed else table)[0], 4),
             shortages=_in_words(plan),
         )
         return change, plan
@@ -88,7 +95,7 @@ def merged(replicas: Mapping[tuple[int, int], int], wanted: Wanted) -> dict[tupl
 
 
 def _next_hosts(table: PlacementTable, wanted: Wanted) -> list[str]:
-    """The hosts there will be: those that are drained leave, then those with the highest numbers.
+    """The hosts there will be: those that are drained leave, then those with the highest numbers of their kind.
 
     Raises:
         ConfigError: there is no such host to drain, or nothing would be left.
@@ -98,11 +105,17 @@ def _next_hosts(table: PlacementTable, wanted: Wanted) -> list[str]:
         raise ConfigError(
             f"drain {', '.join(unknown)}: no such expert host; there are {', '.join(by_number(table.slots))}"
         )
-    stay = [name for name in by_number(table.slots) if name not in wanted.drain]
+    stay, cold = by_kind(name for name in table.slots if name not in wanted.drain)
     count = len(stay) if wanted.experts is None else wanted.experts
     if count < 1:
-        raise ConfigError(f"{count} expert hosts: at least one must hold the experts")
-    unused = (name for index in itertools.count() if (name := host_name(index)) not in table.slots)
+        raise ConfigError(f"{count} expert hosts: at least one that is not cold must hold experts")
+    cold_count = len(cold) if wanted.cold is None else wanted.cold
+    return [*_as_many(stay, count, host_name, table), *_as_many(cold, cold_count, cold_name, table)]
+
+
+def _as_many(stay: list[str], count: int, name_of: Callable[[int], str], table: PlacementTable) -> list[str]:
+    """The first `count` hosts of one kind, and as many new ones as are missing."""
+    unused = (name for index in itertools.count() if (name := name_of(index)) not in table.slots)
     return by_number([*stay[:count], *itertools.islice(unused, max(0, count - len(stay)))])
 
 

@@ -13,7 +13,8 @@ class Wanted:
     """A change that is asked for; what is not named stays as it is.
 
     Attributes:
-        experts: expert hosts there should be.
+        experts: expert hosts there should be, without those of the cold tier.
+        cold: expert hosts of the cold tier there should be.
         routers: routers there should be.
         replicas: (model layer, expert) -> copies it should have at least, from now on; 0 forgets what was asked before.
         drain: expert hosts to be emptied and ended.
@@ -25,6 +26,7 @@ class Wanted:
     replicas: Mapping[tuple[int, int], int] = field(default_factory=dict)
     drain: tuple[str, ...] = ()
     rebalance: bool = False
+    cold: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,9 @@ class Change:
         added, removed: processes: expert hosts and routers.
         moved: (layer, expert) pairs that a host gets which did not hold them before.
         total: (layer, expert) pairs in all.
-        balance_before, balance_after: mean over maximum of the hosts' loads, averaged over layers, under the load that was
-            measured (equal loads where none was).
+        balance_before, balance_after: see `load_monitor.balance`, under the load that was measured (equal loads where none
+            was).
+        cold_share_before, cold_share_after: share of that load for experts that cold hosts alone hold.
         shortages: what was asked for and could not be given, in words.
         seconds: how long it took; 0 for a plan.
     """
@@ -49,6 +52,8 @@ class Change:
     total: int = 0
     balance_before: float = 1.0
     balance_after: float = 1.0
+    cold_share_before: float = 0.0
+    cold_share_after: float = 0.0
     shortages: tuple[str, ...] = ()
     seconds: float = 0.0
 

@@ -14,6 +14,7 @@ from .. import __version__
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import MorayError
 from .admin_cli import add_admin_commands
+from .fetch_cli import add_fetch
 from .planning.cli import add_plan
 
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     add_admin_commands(commands)
     add_plan(commands)
+    add_fetch(commands)
     _add_doctor(commands)
     return parser
 
@@ -63,7 +65,9 @@ def _add_serve(commands: Any) -> None:
         help="serve a model until Ctrl-C",
         description="Start a model's expert hosts, routers and HTTP front. Flags override the file given by --config.",
     )
-    serve.add_argument("model", nargs="?", metavar="MODEL", help=f"checkpoint directory, or {EMBEDDED_MODEL}")
+    serve.add_argument(
+        "model", nargs="?", metavar="MODEL", help=f"checkpoint directory, URL to fetch it from, or {EMBEDDED_MODEL}"
+    )
     serve.add_argument("--config", type=Path, metavar="FILE", help="deployment file (see configs/deployments)")
     serve.add_argument("--experts", type=int, metavar="N", help="expert hosts")
     serve.add_argument("--routers", type=int, metavar="N", help="routers")

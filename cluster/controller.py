@@ -15,22 +15,27 @@ from ..actors.placement_table import PlacementTable
 from ..actors.router import RouterSettings
 from ..configs.deployment import Deployment
 from ..configs.errors import ClusterError, MorayError
-from ..model.checkpoint import total_bytes
+from ..configs.model_url import is_model_url
 from ..model.config import ModelConfig
-from ..model.loading import open_model
-from ..model.tensor_names import TensorNames
-from .assembly import checkpoint_path, host_name, router_name, router_settings, served_model
+from .assembly import router_name, router_settings, served_model
 from .change_planner import ChangePlanner
 from .changes import Change, Wanted
+from .handles import ExpertHostHandle, RouterHandle
+from .in_touch import InTouch
 from .launching import Launcher, side_by_side
 from .ledger import Ledger, MemoryLedger, Record
 from .load_monitor import LoadMonitor
+from .load_progress import FetchedBytes
+from .model_check import check_model
 from .observer import Observer
-from .placement import plan_next
+from .placement import first_placement
 from .registry import Directory, Host, Registry, Router, pairs_held
 from .spawning import Spawner
 from .supervisor import Supervisor
 from .transition import Transition
+
+_WORDS_A_LEASE = 4
+"""How often processes that are still loading hear from the controller in the length of their lease."""
 
 
 class Controller:
@@ -46,7 +51,7 @@ class Controller:
         self.deployment = deployment
         self._spawner = spawner
         self._ledger = ledger or MemoryLedger()
-        self._path = checkpoint_path(deployment.model)
+        self._fetched = FetchedBytes()
         self._found: Record | None = None
         self._generation = 1
         self._loaded_before = 0
@@ -64,19 +69,13 @@ class Controller:
             ConfigError, CheckpointError: it cannot be served.
         """
         deployment, experts = self.deployment, self.deployment.experts
-        config, checkpoint = open_model(self._path, verify=deployment.verify)
+        config, weights = check_model(deployment)
         served_model(deployment, config)
         settings = router_settings(deployment, config)
-        hosts = [host_name(i) for i in range(experts.hosts)]
-        table = plan_next(config, hosts, min_replicas=experts.min_replicas, spare_slots=experts.spare_slots).table
-        names = TensorNames(config)
-        dense, routed = (
-            total_bytes(e for t in tensors for e in checkpoint.locate(t, config).entries)
-            for tensors in (names.dense(), names.routed_experts())
-        )
-        self._expert_bytes = routed // max(1, table.layers * table.experts)
+        table = first_placement(config, experts)
+        self._expert_bytes = weights.routed // max(1, table.layers * table.experts)
         held = sum(len(pairs_held(table, host)) for host in table.slots)
-        self._bytes_to_load = deployment.routers.replicas * dense + held * self._expert_bytes
+        self._bytes_to_load = deployment.routers.replicas * weights.dense + held * self._expert_bytes
         found = self._ledger.read()
         if found is not None:
             self._generation = found.generation + 1
@@ -89,7 +88,7 @@ class Controller:
         secret = secrets.token_bytes(32) if self._found is None else self._found.secret
         self._registry = Registry(self.deployment, self._ledger, secret, self._generation)
         self._registry.table = table
-        self._launcher = Launcher(self._registry, self._spawner, self._path, settings)
+        self._launcher = Launcher(self._registry, self._spawner, settings)
         monitor = LoadMonitor(table.layers, table.experts)
         planner = ChangePlanner(self._registry, config, monitor)
         self._transition = Transition(self._registry, self._spawner, self._launcher, planner)
@@ -119,7 +118,8 @@ class Controller:
             self._take_over(self._found)
         else:
             try:
-                self._start_processes()
+                with InTouch(self._handles, self.deployment.supervision.lease_s / _WORDS_A_LEASE):
+                    self._start_processes()
             except BaseException:
                 self.stop()
                 raise
@@ -144,10 +144,12 @@ class Controller:
         registry.routers = {name: Router(name) for name in routers}
         for name in table.slots:
             launcher.new_host(name, gently=False)
+        launcher.await_processes(list(registry.hosts.values()))
         for host in registry.hosts.values():
             launcher.open_host(host, table, gently=False)
         for name in routers:
             launcher.new_router(name, gently=False)
+        launcher.await_processes(list(registry.routers.values()))
         for host in registry.hosts.values():
             launcher.finish_load(host)
             launcher.host_ready(host)
@@ -165,7 +167,7 @@ class Controller:
         """Go on where another controller was when it died: what it had begun is undone, what was in force goes on."""
         registry, launcher, begun = self._registry, self._launcher, time.monotonic()
         registry.table, registry.replicas = found.table, dict(found.replicas)
-        registry.wanted_hosts = found.wanted_hosts
+        registry.wanted_hosts, registry.wanted_cold = found.wanted_hosts, found.wanted_cold
         side_by_side(launcher.attach, found.processes)
         side_by_side(launcher.attach_standby, found.standby)
         registry.save()
@@ -243,8 +245,15 @@ class Controller:
         return self._registry.status()
 
     def load_progress(self) -> tuple[int, int]:
-        """Bytes that all processes have read of their slices, and will have read in all. For the start alone."""
-        return self._bytes_loaded(), self._bytes_to_load
+        """Bytes that all processes have read of their slices, and will have read in all. For the start alone.
+
+        With those that nodes fetch, as far as it is known yet that they do.
+        """
+        fetched, to_fetch = 0, 0
+        if is_model_url(self.deployment.model):
+            states = [handle.fetching() for handle in self._handles()]
+            fetched, to_fetch = self._fetched.add(state for state in states if state is not None)
+        return self._bytes_loaded() + fetched, self._bytes_to_load + to_fetch
 
     def change_progress(self) -> tuple[int, int] | None:
         """Bytes that hosts have read or copied for the change that is going on, and will have; None without one."""
@@ -255,9 +264,11 @@ class Controller:
         return min(total, max(0, self._bytes_loaded() - self._loaded_before)), total
 
     def _bytes_loaded(self) -> int:
+        return sum(handle.bytes_loaded() for handle in self._handles())
+
+    def _handles(self) -> list[ExpertHostHandle | RouterHandle]:
         with self._registry.lock:
-            handles = [m.handle for m in self._registry.members() if m.handle is not None]
-        return sum(handle.bytes_loaded() for handle in handles)
+            return [member.handle for member in self._registry.members() if member.handle is not None]
 
     # ---- changes ------------------------------------------------------------------------------------------------------
 

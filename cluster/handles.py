@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -20,6 +21,7 @@ from ..actors.router_process import HostAddresses
 from ..actors.weight_copy import Sources
 from ..configs.errors import ClusterError, MorayError
 from ..model.reader import BytesRead
+from .node_weights import Fetching
 
 logger = logging.getLogger("moray.controller")
 
@@ -28,13 +30,15 @@ R = TypeVar("R", HostReport, RouterReport)
 SPAWN_TIMEOUT_S = 120.0
 """For a process to come up: seconds on a free machine; on a cluster it may have to wait for a node."""
 
-LOAD_TIMEOUT_S = 3600.0
-"""For a host to read its experts: 654 GB over ten hosts from a slow shared disk take half an hour."""
+LOAD_TIMEOUT_S = 1800.0
+"""For a process that loads to get on by a single byte. How long all of it takes nobody can say: 689 GB take ten minutes over a
+10 GbE network that is fetched over, and two hours over 1 GbE."""
 
 CALL_TIMEOUT_S = 30.0
 ATTACH_TIMEOUT_S = 5.0
 """For a process that runs already to say where it is."""
 
+_LOAD_POLL_S = 5.0
 _STOP_TIMEOUT_S = 10.0
 _KILL_TIMEOUT_S = 5.0
 
@@ -64,6 +68,34 @@ def free_resources() -> str:
     return f"; CPUs free: {free.get('CPU', 0):g} of {total.get('CPU', 0):g}" + (
         f", GPUs free: {free.get('GPU', 0):g} of {total['GPU']:g}" if "GPU" in total else ""
     )
+
+
+class Patience:
+    """With something that may take long, as long as it gets on.
+
+    Args:
+        state: something else each time it got on; not asked before the first `timeout_s` are over.
+        timeout_s: for which it may stand still.
+    """
+
+    def __init__(self, state: Callable[[], object], timeout_s: float) -> None:
+        self._state = state
+        self._timeout_s = timeout_s
+        self._seen: object = None
+        self._deadline = time.monotonic() + timeout_s
+
+    def check(self, what: str) -> None:
+        """Look whether it got on, if it is time to.
+
+        Raises:
+            ClusterError: it did not.
+        """
+        if time.monotonic() < self._deadline:
+            return
+        state = self._state()
+        if state == self._seen:
+            raise ClusterError(f"{what}: loading has not got on for {self._timeout_s:.0f} s; its log says why")
+        self._seen, self._deadline = state, time.monotonic() + self._timeout_s
 
 
 class Handle(Generic[R]):
@@ -108,6 +140,15 @@ class Handle(Generic[R]):
         """Bytes of tensors it has read so far."""
         done: int = self.call("bytes_loaded")
         return done
+
+    def fetching(self) -> Fetching | None:
+        """How far the fetch of the model is that it waits for; None where it waits for none."""
+        state: Fetching | None = self.call("fetching")
+        return state
+
+    def how_far(self) -> object:
+        """Something else each time, as long as it gets on with loading."""
+        return self.bytes_loaded(), self.fetching()
 
     def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """Call a method and wait."""
@@ -159,7 +200,6 @@ class ExpertHostHandle(Handle[HostReport]):
 
     def begin_load(
         self,
-        checkpoint: Path,
         slots: Sequence[Sequence[int]],
         epoch: int,
         *,
@@ -170,7 +210,7 @@ class ExpertHostHandle(Handle[HostReport]):
     ) -> None:
         """Start to read and copy its experts; see `ExpertHost.load`."""
         how = {"sources": sources, "link": link, "secret": secret, "gently": gently}
-        self._loading = self._actor.load.remote(checkpoint, slots, epoch, how)
+        self._loading = self._actor.load.remote(slots, epoch, how)
 
     def loaded(self, timeout_s: float) -> BytesRead | None:
         """What it has read and copied, once it has all of it; None if that is not so within the time.
@@ -209,8 +249,11 @@ class RouterHandle(Handle[RouterReport]):
     def finish_start(self) -> str:
         """Wait until it serves; the address of its front channel."""
         self.locate()
+        patience = Patience(self.how_far, LOAD_TIMEOUT_S)
+        while not ray.wait([self._started], timeout=_LOAD_POLL_S, fetch_local=False)[0]:
+            patience.check(self.actor_name)
         address: str
-        address, self.bytes_read = get(self._started, what=f"{self.actor_name}: start", timeout_s=LOAD_TIMEOUT_S)
+        address, self.bytes_read = get(self._started, what=f"{self.actor_name}: start", timeout_s=CALL_TIMEOUT_S)
         return address
 
     def relink(self, host_id: str, addresses: HostAddresses) -> None:

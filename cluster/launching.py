@@ -8,18 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
-from ..actors.placement_table import PlacementTable
+from ..actors.placement_table import PlacementTable, is_cold
 from ..actors.router import RouterSettings
 from ..actors.weight_copy import Sources, WeightSource
 from ..configs.errors import ClusterError, MorayError
 from ..model.reader import BytesRead
-from .handles import LOAD_TIMEOUT_S, SPAWN_TIMEOUT_S
+from .handles import LOAD_TIMEOUT_S, SPAWN_TIMEOUT_S, Patience
 from .ledger import KeptProcess
-from .registry import Host, Registry, Router, pairs_held
-from .spawning import Spawner
+from .registry import Host, Member, Registry, Router, by_kind, pairs_held
+from .spawning import NoRoomError, Processes, Spawner
 
 logger = logging.getLogger("moray.controller")
 
@@ -36,6 +35,14 @@ _SOURCES_BESIDE_SERVING = 1
 """Hosts that one host copies from at once; each is a thread at either end, which those that serve have little time for."""
 
 
+_LOOK_S = 10.0
+_ASK_AFTER_S = 60.0
+"""What processes that come up on a busy machine take: until they are there, it looks as if there were no room for them."""
+
+_NODES_S = 1200.0
+"""For the processes of a start to come up: nodes that Ray's autoscaler adds for them boot for minutes, and install more."""
+
+
 class GaveWayError(ClusterError):
     """A change was given up for the sake of something more urgent."""
 
@@ -44,25 +51,62 @@ class Launcher:
     """Knows how each kind of process starts. What it changes in the registry it also saves.
 
     Args:
-        checkpoint: to read weights from.
         settings: of every router.
     """
 
-    def __init__(self, registry: Registry, spawner: Spawner, checkpoint: Path, settings: RouterSettings) -> None:
+    def __init__(self, registry: Registry, spawner: Spawner, settings: RouterSettings) -> None:
         self._registry = registry
         self._spawner = spawner
         self._deployment = registry.deployment
-        self._checkpoint = checkpoint
         self._settings = settings
         self._standby_numbers = itertools.count()
+
+    # ---- coming up ----------------------------------------------------------------------------------------------------
+
+    def await_processes(self, members: Sequence[Member]) -> None:
+        """Wait until all of these have come up. What there is no room for is asked of Ray, and its nodes waited for.
+
+        Raises:
+            ClusterError: one has ended, or has not come up for long.
+        """
+        registry, begun = self._registry, time.monotonic()
+        said = ""
+        while True:
+            errors = side_by_side(_locate, members)  # those that are up already hear by it that somebody is there
+            missing = [member for member in members if not _has_come_up(member)]
+            if not missing:
+                return
+            handles = {member.name: member.handle for member in members if member.handle is not None}
+            names = ",".join(member.name for member in missing)
+            if self._spawner.wait_for_deaths(handles, timeout_s=0):
+                raise errors[0]
+            waited = time.monotonic() - begun
+            if waited > _NODES_S:
+                raise ClusterError(f"{names}: not come up within {_NODES_S:.0f} s{said and ': '}{said}") from errors[0]
+            if waited < _ASK_AFTER_S:
+                continue
+            try:
+                self._check_room(missing)
+            except NoRoomError as error:
+                if str(error) != said:
+                    said = str(error)
+                    registry.happened("waits_for_room", names, seconds=waited, detail=said, bad=True)
+
+    def _check_room(self, missing: Sequence[Member]) -> None:
+        """Raise `NoRoomError` if there is none for these, which have not come up."""
+        hosts, cold = by_kind(member.name for member in missing if isinstance(member, Host))
+        there = self.running()
+        more = Processes(len(hosts), len(cold), len(missing) - len(hosts) - len(cold))
+        up = Processes(there.hosts - more.hosts, there.cold - more.cold, there.routers - more.routers)
+        self._spawner.check_room(self._deployment, more, running=up)
 
     # ---- expert hosts -------------------------------------------------------------------------------------------------
 
     def new_host(self, name: str, *, gently: bool) -> Host:
-        """Have a process become this host: a warm one if there is any, else a fresh one."""
+        """Have a process become this host: a warm one if there is any, else a fresh one. None is warm for the cold tier."""
         registry = self._registry
         with registry.lock:
-            warm = self._take_standby()
+            warm = None if is_cold(name) else self._take_standby()
             host = registry.hosts.get(name)
             if host is None:
                 host = registry.hosts[name] = Host(name)
@@ -109,7 +153,7 @@ class Launcher:
             except ClusterError:
                 if not urgent:
                     raise
-                self._spawner.check_room(self._deployment, hosts=1, running=self.running())
+                self._check_room([host])
                 handle.locate(SPAWN_TIMEOUT_S - _ROOM_AFTER_S)
         addresses = handle.listen(host.name, self._deployment.link, self._registry.secret)
         with self._registry.lock:
@@ -121,7 +165,6 @@ class Launcher:
         """Have it read and copy what it does not hold of its slots in `table`; `gently` beside others that serve."""
         assert host.handle is not None, f"{host.name} has no process"
         host.handle.begin_load(
-            self._checkpoint,
             table.slots[host.name],
             table.epoch,
             sources=self._sources(host, table),
@@ -141,9 +184,9 @@ class Launcher:
         needed = pairs_held(table, host.name)
         if serves:
             needed -= pairs_held(current, host.name)
-        held = {
-            name: pairs_held(current, name) & needed for name in serving if name != host.name and name in current.slots
-        }
+        # Beside GPUs the cold tier holds its experts in another form, which cannot be copied: hosts read what changes tiers.
+        alike = [name for name in serving if name in current.slots and is_cold(name) == is_cold(host.name)]
+        held = {name: pairs_held(current, name) & needed for name in alike if name != host.name}
         sources: dict[str, WeightSource] = {}
         missing = set(needed)
         while missing and held and len(sources) < (_SOURCES_BESIDE_SERVING if serves else _SOURCES):
@@ -163,12 +206,11 @@ class Launcher:
         """
         handle = host.handle
         assert handle is not None, f"{host.name} has no process"
-        give_up = time.monotonic() + LOAD_TIMEOUT_S
+        patience = Patience(handle.how_far, LOAD_TIMEOUT_S)
         while (read := handle.loaded(_LOAD_POLL_S)) is None:
             if give_way is not None and give_way.is_set():
                 raise GaveWayError(f"{host.name} was still loading when a host had to be restored")
-            if time.monotonic() > give_up:
-                raise ClusterError(f"{host.name} did not load its experts within {LOAD_TIMEOUT_S:.0f} s")
+            patience.check(host.name)
         with self._registry.lock:
             host.bytes_read += read
 
@@ -279,10 +321,21 @@ class Launcher:
             with self._registry.lock:
                 self._registry.standby[name] = Host(name, handle, state="standby", heard=time.monotonic())
 
-    def running(self) -> tuple[int, int]:
-        """How many processes of each kind there are: hosts with warm ones, and routers."""
+    def running(self) -> Processes:
+        """How many processes of each kind there are, warm ones among the hosts."""
         with self._registry.lock:
-            return len(self._registry.hosts) + len(self._registry.standby), len(self._registry.routers)
+            hosts, cold = by_kind(self._registry.hosts)
+            warm, routers = len(self._registry.standby), len(self._registry.routers)
+        return Processes(hosts=len(hosts) + warm, cold=len(cold), routers=routers)
+
+
+def _has_come_up(member: Member) -> bool:
+    return member.handle is not None and bool(member.handle.pid)
+
+
+def _locate(member: Member) -> None:
+    assert member.handle is not None, f"{member.name} has no process"
+    member.handle.locate(_LOOK_S)
 
 
 def side_by_side(function: Callable[[T], None], items: Iterable[T]) -> list[MorayError]:

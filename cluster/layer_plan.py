@@ -70,7 +70,7 @@ def plan_layer(
     *,
     required: Ints,
     now: Bools | None = None,
-    groups: int = 1,
+    group: Ints | None = None,
     min_gain: float = MIN_GAIN,
 ) -> LayerPlan:
     """Plan a layer: get near the best balancedness, where that is further than `min_gain`, with few moves.
@@ -85,7 +85,8 @@ def plan_layer(
         node: [H] index of each host's node.
         required: [E] replicas each expert should have.
         now: [H, E] what is held now; no host more than its slots.
-        groups: expert groups: equal runs of neighbouring experts.
+        group: [E] number of the gate's group that each expert is in; with it, groups are kept on one node where that costs
+            nothing.
         min_gain: see `MIN_GAIN`; with 1 nothing is improved and only what must be moves.
     """
     weight = load if load.any() else np.ones_like(load)
@@ -117,7 +118,7 @@ def plan_layer(
         if enough <= 0 or kept.balancedness() >= enough or shared(kept.held, enough) >= enough:
             return result(kept)
     anew = replica_counts(weight, slots, required, np.zeros_like(counts))[0] if held.any() else counts
-    home = _home_nodes(weight, groups, slots, speed, node) if groups > 1 and nodes > 1 else None
+    home = _home_nodes(weight, group, slots, speed, node) if group is not None and nodes > 1 else None
     fresh = _lay_out(packing(nothing), anew, home)
     if home is not None and fresh.balancedness() < 1 - _FOR_NOTHING:
         blind = _lay_out(packing(nothing), anew, None)
@@ -166,14 +167,12 @@ def _improve(packing: LayerPacking, best: float, counts: Ints, *, min_gain: floa
     packing.improve(until=until, replicate=True)
 
 
-def _home_nodes(load: Floats, groups: int, slots: Ints, speed: Floats, node: Ints) -> Ints:
+def _home_nodes(load: Floats, group: Ints, slots: Ints, speed: Floats, node: Ints) -> Ints:
     """[E] the node each expert's group should be on: heaviest groups first, to the node with the least for its speed."""
-    experts = len(load)
-    group = np.arange(experts) * groups // experts
-    weight = np.bincount(group, weights=load, minlength=groups)
+    weight = np.bincount(group, weights=load)
     able = np.bincount(node, weights=np.where(slots > 0, speed, 0.0))
     busy = np.zeros(len(able))
-    home = np.zeros(groups, dtype=np.int64)
+    home = np.zeros(len(weight), dtype=np.int64)
     for g in np.argsort(-weight, kind="stable"):
         times = np.divide(busy + weight[g], able, out=np.full(len(able), np.inf), where=able > 0)
         home[g] = np.argmin(times)

@@ -45,7 +45,8 @@ class Record:
         secret: of its links and channels; not shown in a repr.
         table: in force, or about to be: every host of it has loaded its slots.
         replicas: copies that were asked for, by (model layer, expert).
-        wanted_hosts: expert hosts there should be; more than the table has where some could not be restored.
+        wanted_hosts, wanted_cold: expert hosts there should be, without those of the cold tier, and of it; more than the
+            table has where some could not be restored.
         processes: all that were started and not yet ended.
         standby: actor names of the warm processes.
     """
@@ -56,6 +57,7 @@ class Record:
     table: PlacementTable
     replicas: dict[tuple[int, int], int]
     wanted_hosts: int
+    wanted_cold: int
     processes: tuple[KeptProcess, ...]
     standby: tuple[str, ...] = ()
 
@@ -69,6 +71,7 @@ class Record:
                 "table": self.table.to_dict(),
                 "replicas": [[layer, expert, copies] for (layer, expert), copies in self.replicas.items()],
                 "wanted_hosts": self.wanted_hosts,
+                "wanted_cold": self.wanted_cold,
                 "processes": [
                     [p.name, p.role, p.actor, [[a.kind, a.endpoint, a.machine] for a in p.addresses], p.address]
                     for p in self.processes
@@ -95,6 +98,7 @@ class Record:
             ),
             replicas={(layer, expert): copies for layer, expert, copies in raw["replicas"]},
             wanted_hosts=raw["wanted_hosts"],
+            wanted_cold=raw["wanted_cold"],
             processes=tuple(
                 KeptProcess(name, role, actor, tuple(LinkAddress(*parts) for parts in addresses), address)
                 for name, role, actor, addresses, address in raw["processes"]

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..actors.placement_table import EMPTY, PlacementTable
-from .layer_packing import balancedness
+from ..actors.placement_table import EMPTY, PlacementTable, is_cold
+from .cold_tier import cold_shares, tiered_balancedness
 from .replica_counts import Floats
-from .shared_load import shared_load
 
 
 class LoadMonitor:
@@ -113,7 +112,8 @@ class UtilisationMonitor:
 def balance(load: Floats, table: PlacementTable, speeds: Mapping[str, float] | None = None) -> float:
     """Mean over maximum of the hosts' loads, averaged over layers: 1 where all hosts of the table have equally much to do.
 
-    Each expert's tokens are shared out between its replicas as evenly as the hosts' loads can be made, as routers do.
+    Each expert's tokens are shared out between its replicas as evenly as the hosts' loads can be made, as routers do. With a
+    cold tier it is that of the other hosts, or, if that is less, the least load the cold tier could have over what it has.
 
     Args:
         load: [L, E] load of each expert; a layer without any counts as one with equal loads.
@@ -122,16 +122,14 @@ def balance(load: Floats, table: PlacementTable, speeds: Mapping[str, float] | N
     """
     assert load.shape == (table.layers, table.experts), (load.shape, table.layers, table.experts)
     speed = np.asarray([1.0 if speeds is None else speeds.get(host, 1.0) for host in table.slots])
+    cold = np.asarray([is_cold(host) for host in table.slots])
     found = []
     for index, measured in enumerate(load):
-        weight = measured if measured.any() else np.ones_like(measured)
         held = np.zeros((len(table.slots), table.experts), dtype=np.bool_)
         slots = np.zeros(len(table.slots), dtype=np.int64)
         for h, layers in enumerate(table.slots.values()):
             slots[h] = len(layers[index])
             held[h, [expert for expert in layers[index] if expert != EMPTY]] = True
-        if weight[~held.any(axis=0)].any():
-            found.append(0.0)
-        else:
-            found.append(balancedness(shared_load(weight, held, speed, until=1.0), speed, slots))
-    return float(np.mean(found)) if found else 1.0
+        found.append(tiered_balancedness(measured, held, slots, speed, cold))
+    share, least = cold_shares(load, table)
+    return min(float(np.mean(found)) if found else 1.0, least / share if share else 1.0)

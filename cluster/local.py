@@ -29,8 +29,8 @@ from ..model.reader import BytesRead
 from ..model.sampling import SamplingParams
 from ..model.tokenizer import ChatMessage
 from ..model.weights import router_weights
-from .assembly import checkpoint_path, compute, host_name, router_name, router_settings, served_model
-from .placement import next_placement
+from .assembly import checkpoint_path, compute, host_compute, pinned, router_name, router_settings, served_model
+from .placement import first_placement
 
 _THOUGHT_TAIL = 16
 """Tokens at the end of a prompt in which an opened thought is looked for: the tag and the newlines after it."""
@@ -40,24 +40,21 @@ class LocalCluster:
     """Expert hosts and one router in this process. `router.start()` gives it a thread; else call `router.step()`."""
 
     def __init__(self, deployment: Deployment, *, progress: Progress | None = None) -> None:
-        self.deployment = deployment
-        path = checkpoint_path(deployment.model)
         progress = progress or default_progress()
+        self.deployment = deployment = pinned(deployment)
+        path = checkpoint_path(deployment.model, weights_dir=deployment.weights_dir, progress=progress)
         self.config, checkpoint = open_model(path, verify=deployment.verify, progress=progress)
         settings = router_settings(deployment, self.config)
         self.model = served_model(deployment, self.config)
-        computing = compute(deployment, gpus=torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        computing = compute(deployment, gpus=gpus)
         torch.set_num_threads(deployment.routers.cpus)
-        names = [host_name(i) for i in range(deployment.experts.hosts)]
-        experts = deployment.experts
-        self.table = next_placement(
-            self.config, names, min_replicas=experts.min_replicas, spare_slots=experts.spare_slots
-        )
+        self.table = first_placement(self.config, deployment.experts)
         self.hosts: list[ExpertHost] = []
         self._bytes_read: dict[str, BytesRead] = {}
         links = {}
         for host_id, slots in self.table.slots.items():
-            host = ExpertHost(host_id, compute=computing)
+            host = ExpertHost(host_id, compute=host_compute(deployment, host_id, gpus=gpus))
             self._bytes_read[host_id] = host.load(path, slots, epoch=self.table.epoch, progress=progress)
             links[host_id] = host.inline_link(router_name(0))
             self.hosts.append(host)
@@ -119,7 +116,7 @@ class LLM:
     """A model in this process: `LLM("tiny-r1").generate(["What is 2 + 3?"], temperature=0)[0].text`.
 
     Args:
-        model: a checkpoint directory, or `tiny-r1`.
+        model: a checkpoint directory, a URL to fetch it from, or `tiny-r1`; see `Deployment`.
         experts: number of expert hosts to spread the experts over; any number gives the same answers.
         deployment: every other setting, as keyword arguments of `Deployment`.
 

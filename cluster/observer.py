@@ -12,7 +12,7 @@ from .autoscaler import Autoscaler, Decision, Observation
 from .change_planner import ChangePlanner
 from .changes import Wanted
 from .load_monitor import LoadMonitor, UtilisationMonitor, balance
-from .registry import Registry
+from .registry import Registry, by_kind
 from .transition import Transition
 
 logger = logging.getLogger("moray.controller")
@@ -75,7 +75,7 @@ class Observer:
     def _seen(self) -> Observation:
         registry, deployment = self._registry, self._registry.deployment
         with registry.lock:
-            hosts, table = list(registry.table.slots), registry.table
+            (hosts, cold), table = by_kind(registry.table.slots), registry.table
             reports = [router.report for router in registry.routers.values() if router.report is not None]
             whole = all(m.state == "ready" for m in registry.members())
         pages = sum(report.stats.pages_total for report in reports)
@@ -91,7 +91,7 @@ class Observer:
             running=sum(report.stats.running for report in reports),
             running_limit=limit,
             kv_use=sum(report.stats.pages_in_use for report in reports) / pages if pages else 0.0,
-            fewest_hosts=deployment.experts.min_replicas,
+            fewest_hosts=max(1, deployment.experts.min_replicas - len(cold)),
             changing=not whole or self._transition.busy or (self._acting is not None and self._acting.is_alive()),
         )
 

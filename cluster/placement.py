@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..actors.placement_table import EMPTY, PlacementTable
+from ..actors.placement_table import EMPTY, PlacementTable, is_cold
+from ..configs.deployment import ExpertHosts
 from ..configs.errors import ConfigError
 from ..model.config import ModelConfig
+from .assembly import host_names
 from .placement_plan import HostSpec, Move, PlacementPlan, plan_placement
 from .replica_counts import Floats
 
@@ -59,12 +61,28 @@ def next_placement(
     return plan_next(config, hosts, min_replicas=min_replicas, spare_slots=spare_slots, current=current).table
 
 
+def first_placement(config: ModelConfig, experts: ExpertHosts) -> PlacementTable:
+    """The table that a deployment starts with.
+
+    Raises:
+        ConfigError: so many hosts cannot be used.
+    """
+    return plan_next(
+        config,
+        host_names(experts),
+        min_replicas=experts.min_replicas,
+        spare_slots=experts.spare_slots,
+        cold_slots=experts.cold.slots,
+    ).table
+
+
 def plan_next(
     config: ModelConfig,
     hosts: Sequence[str],
     *,
     min_replicas: int = 1,
     spare_slots: int = 0,
+    cold_slots: int | None = None,
     load: Floats | None = None,
     replicas: Mapping[tuple[int, int], int] | None = None,
     nodes: Mapping[str, str] | None = None,
@@ -74,14 +92,16 @@ def plan_next(
     """The next placement on these hosts, and the way there: as little is moved as can be.
 
     Every host gets an even share of slots in each layer, and `spare_slots` more, which are filled with copies of the experts
-    that most is asked of. Where these are too few for `replicas`, the shares of that layer grow by what is missing.
+    that most is asked of. Where these are too few for `replicas`, the shares of that layer grow by what is missing. Cold hosts
+    have slots for the experts that least is asked of, and the others share out the rest.
 
     Args:
         config: of the model.
-        hosts: those there will be, in an order that does not change from plan to plan. Hosts of `current` that are not among
-            them hold nothing afterwards, but are sources of what they hold now.
+        hosts: those there will be, in an order that does not change from plan to plan; cold ones are known by their ids.
+            Hosts of `current` that are not among them hold nothing afterwards, but are sources of what they hold now.
         min_replicas: copies of each expert, on distinct hosts, and on distinct nodes as far as there are any.
-        spare_slots: slots of each host and layer beyond its share.
+        spare_slots: slots of each host and layer beyond its share; cold hosts have none.
+        cold_slots: of each cold host and layer; None for an even share.
         load: [L, E] measured load, in any unit; None for equal loads.
         replicas: (model layer, expert) -> copies this one should have at least.
         nodes: host -> its machine. With it, a group's experts are kept on one node where that costs nothing. A host that is
@@ -104,14 +124,16 @@ def plan_next(
     nodes, replicas = nodes or {}, replicas or {}
     known = set(nodes.values())
     elsewhere = known.pop() if len(known) == 1 else ""
-    slots = _slots(config, len(hosts), min_replicas, spare_slots, replicas)
+    slots = host_slots(config, hosts, min_replicas, spare_slots, cold_slots, replicas)
     specs = [
-        HostSpec(host, slots[index], node=nodes.get(host, elsewhere), alive=host not in dead)
-        for index, host in enumerate(hosts)
+        HostSpec(host, slots[host], node=nodes.get(host, elsewhere), cold=is_cold(host), alive=host not in dead)
+        for host in hosts
     ]
     equal = np.ones((len(config.moe_layers), config.n_routed_experts))
     first_layer = config.first_k_dense_replace
-    plain = load is None and min_replicas == 1 and spare_slots == 0 and not replicas and not dead
+    plain = (
+        load is None and min_replicas == 1 and spare_slots == 0 and not (replicas or dead or any(map(is_cold, hosts)))
+    )
     if current is None and plain:
         kept = plan_placement(
             equal, specs, first_layer=first_layer, current=replace(even, epoch=even.epoch - 1), min_gain=1.0
@@ -134,23 +156,44 @@ def plan_next(
     return replace(plan, moves=tuple(_with_sources(move, leaving, current, nodes) for move in plan.moves))
 
 
-def _slots(
-    config: ModelConfig, hosts: int, min_replicas: int, spare_slots: int, replicas: Mapping[tuple[int, int], int]
-) -> list[tuple[int, ...]]:
-    """For each host its slots in each layer. Like `even_placement`, a layer gives larger shares to those next in turn."""
-    experts = config.n_routed_experts
+def host_slots(
+    config: ModelConfig,
+    hosts: Sequence[str],
+    min_replicas: int,
+    spare_slots: int,
+    cold_slots: int | None,
+    replicas: Mapping[tuple[int, int], int],
+) -> dict[str, tuple[int, ...]]:
+    """For each host its slots in each layer; see `plan_next`. Like `even_placement`, a layer gives larger shares to those next
+    in turn.
+
+    Raises:
+        ConfigError: cold hosts hold so much that others would hold nothing.
+    """
+    experts, copies = config.n_routed_experts, config.n_routed_experts * min_replicas
+    others = [host for host in hosts if not is_cold(host)]
+    cold = len(hosts) - len(others)
+    each = min(experts, max(1, copies // len(hosts)) if cold_slots is None else cold_slots)
+    spare = spare_slots * len(others)
+    if copies - cold * each + spare < len(others):
+        raise ConfigError(
+            f"experts.cold.slots = {each}: {cold} cold hosts hold {cold * each} of {copies} experts and copies of a layer, "
+            f"which leaves nothing for some of {len(others)} others; use at most {(copies + spare - len(others)) // cold} "
+            "slots, or fewer hosts"
+        )
     asked = dict.fromkeys(config.moe_layers, 0)
     for (layer, _), count in replicas.items():
         if layer in asked:  # what is not is refused with the rest
-            asked[layer] += max(0, min(count, hosts) - min_replicas)
-    shares = [divmod(experts * min_replicas + max(0, more - spare_slots * hosts), hosts) for more in asked.values()]
-    return [
-        tuple(
-            min(experts, share + ((index + layer * larger) % hosts < larger) + spare_slots)
+            asked[layer] += max(0, min(count, len(hosts)) - min_replicas)
+    shares = [divmod(copies - cold * each + max(0, more - spare), max(1, len(others))) for more in asked.values()]
+    found = {
+        host: tuple(
+            min(experts, share + ((index + layer * larger) % len(others) < larger) + spare_slots)
             for layer, (share, larger) in enumerate(shares)
         )
-        for index in range(hosts)
-    ]
+        for index, host in enumerate(others)
+    }
+    return {host: found.get(host, (each,) * len(shares)) for host in hosts}
 
 
 def _all_moves(table: PlacementTable) -> tuple[Move, ...]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..actors.placement_table import EMPTY, PlacementTable
 from ..configs.errors import ConfigError
+from .cold_tier import plan_tiers
 from .layer_packing import Bools
 from .layer_plan import MIN_GAIN as MIN_GAIN
 from .layer_plan import LayerPlan, plan_layer
@@ -48,6 +49,7 @@ class HostSpec:
         speed: how fast it computes compared with the others.
         node: the machine it is on; hosts with "" are each on a machine of their own.
         alive: dead hosts get nothing, and nothing can be copied from them.
+        cold: it is for the experts that least is asked of (`cold_tier.py`); its speed counts beside that of its like alone.
     """
 
     host: str
@@ -55,6 +57,7 @@ class HostSpec:
     speed: float = 1.0
     node: str = ""
     alive: bool = True
+    cold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class PlacementPlan:
         host_load: host -> for each layer the load expected on it, in the unit of the measured load, with tokens shared out
             between replicas step by step.
         balancedness: for each layer mean over maximum of the hosts' load over speed, the mean weighted by speed: what to
-            expect with tokens shared out.
+            expect with tokens shared out. Of the hosts that are not cold, where there are such; so are the next two.
         balancedness_before: the same of the current table without its dead hosts; 0 where an expert is nowhere.
         balancedness_equal: the same if every expert's load were split equally between its replicas, which is what others
             publish. Never much above `balancedness`; far below it where replicas are spares.
@@ -179,19 +182,16 @@ def plan_placement(
     site = _Site.of(hosts, layers)
     required = _required(min_replicas, replicas or {}, first_layer, layers, experts)
     _check_slots(site, experts, first_layer)
-    planned = [
-        plan_layer(
-            weight,
-            site.slots[index],
-            site.speed,
-            site.node,
-            required=required[index],
-            now=None if current is None else _held_now(current, site, index),
-            groups=groups,
-            min_gain=min_gain,
-        )
-        for index, weight in enumerate(loads)
-    ]
+    group = np.arange(experts) * groups // experts if groups > 1 else None
+
+    def planned_layer(index: int) -> LayerPlan:
+        own = (loads[index], site.slots[index], site.speed, site.node)
+        now = None if current is None else _held_now(current, site, index)
+        if (site.cold & (site.slots[index] > 0)).any():
+            return plan_tiers(*own, site.cold, required=required[index], now=now, group=group, min_gain=min_gain)
+        return plan_layer(*own, required=required[index], now=now, group=group, min_gain=min_gain)
+
+    planned = [planned_layer(index) for index in range(layers)]
     slots, moves = _slots_and_moves(planned, site, first_layer, current)
     table = PlacementTable(1 if current is None else current.epoch + 1, first_layer, experts, slots)
     shortages = [
@@ -215,12 +215,13 @@ def plan_placement(
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """The hosts that are alive, as arrays: slots [L, H], speed [H], node [H] (an index)."""
+    """The hosts that are alive, as arrays: slots [L, H], speed [H], node [H] (an index), cold [H]."""
 
     hosts: tuple[HostSpec, ...]
     slots: Ints
     speed: Floats
     node: Ints
+    cold: Bools
 
     @classmethod
     def of(cls, specs: Sequence[HostSpec], layers: int) -> _Site:
@@ -241,7 +242,8 @@ class _Site:
             nodes.setdefault((spec.node, "" if spec.node else spec.host), len(nodes))
         node = [nodes[spec.node, "" if spec.node else spec.host] for spec in alive]
         speed = np.asarray([spec.speed for spec in alive], dtype=np.float64)
-        return cls(alive, slots, speed, np.asarray(node, dtype=np.int64))
+        cold = np.asarray([spec.cold for spec in alive], dtype=np.bool_)
+        return cls(alive, slots, speed, np.asarray(node, dtype=np.int64), cold)
 
 
 def _required(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.deployment import Deployment
-from ..configs.errors import CheckpointError, ClusterError, ConfigError, MorayError
+from ..configs.errors import CheckpointError, ClusterError, ConfigError, FetchError, MorayError
+from . import private_ray
 from .listening import check_port, url_of
 from .load_progress import LoadingShown
 
@@ -48,11 +50,13 @@ class RayServer:
 
     Args:
         address: the cluster to join, `auto` for the one on this machine; None starts one.
+        token: where to keep the token of the one that is started.
     """
 
-    def __init__(self, deployment: Deployment, address: str | None) -> None:
+    def __init__(self, deployment: Deployment, address: str | None, *, token: Path) -> None:
         self._deployment = deployment
         self._address = address
+        self._token = token
         self._deployed = False
         self._started_serve = False
         self._keep_logs = False
@@ -82,9 +86,13 @@ class RayServer:
         """
         self._check()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
         try:
+            if self._address is None:
+                private_ray.make_token(self._token)
+            else:
+                private_ray.use_token_for(self._address)
+            import ray
+
             with _keeping_sigterm():
                 if self._address is None:
                     self._start_ray()
@@ -101,35 +109,36 @@ class RayServer:
 
     def _check(self) -> None:
         """Refuse what can be refused while it is still a message and not a stack of actors."""
-        from ..model.loading import open_model
-        from ..model.progress import default_progress
-        from .assembly import checkpoint_path, front_settings, host_name, router_settings, served_model
-        from .placement import next_placement
+        import torch
 
-        deployment = self._deployment
+        from ..model.progress import default_progress
+        from .assembly import compute, front_settings, pinned, router_settings, served_model
+        from .model_check import check_model
+        from .placement import first_placement
+
+        self._deployment = deployment = pinned(self._deployment)
         if self._address is None:
             check_port(deployment.front.host, deployment.front.port)
-        config, _ = open_model(checkpoint_path(deployment.model), verify=deployment.verify, progress=default_progress())
+            compute(deployment, gpus=torch.cuda.device_count())
+        config, _ = check_model(deployment, progress=default_progress())
         router_settings(deployment, config)
         served_model(deployment, config)
         front_settings(deployment, front_id="check", behind_proxy=True)
-        names = [host_name(i) for i in range(deployment.experts.hosts)]
-        experts = deployment.experts
-        next_placement(config, names, min_replicas=experts.min_replicas, spare_slots=experts.spare_slots)
+        first_placement(config, deployment.experts)
 
     def _start_ray(self) -> None:
         import ray
         from ray._common.utils import get_default_ray_temp_dir
 
-        self._sessions = Path(get_default_ray_temp_dir())
+        self._sessions = private_ray.session_folder(Path(get_default_ray_temp_dir()).parent)
         # Ray's default of 15 is for batch jobs: a server would come after whatever else the machine does.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        experts, routers = self._deployment.experts, self._deployment.routers
-        hosts = max(experts.hosts, experts.max_hosts) + experts.standby
-        wanted = hosts * experts.cpus + max(routers.replicas, routers.max_replicas) * routers.cpus
+        cpus, labels = logical_resources(self._deployment)
         ray.init(
             address="local",
-            num_cpus=max(wanted, os.cpu_count() or 1),
+            _temp_dir=str(self._sessions),
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            resources=labels,
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
@@ -233,6 +242,25 @@ class RayServer:
             _shut_down_serve()
 
 
+def logical_resources(deployment: Deployment) -> tuple[int, dict[str, float]]:
+    """CPUs and labelled resources that a Ray cluster of one machine must claim to have for all that may be asked of it.
+
+    They mean nothing on one machine; with them, a deployment file for many machines runs there, too.
+    """
+    experts, cold, routers = deployment.experts, deployment.experts.cold, deployment.routers
+    sections = (
+        (experts, max(experts.hosts, experts.max_hosts) + experts.standby),
+        (cold, max(cold.hosts, cold.max_hosts)),
+        (routers, max(routers.replicas, routers.max_replicas)),
+    )
+    labels: dict[str, float] = {}
+    for section, count in sections:
+        for name, amount in section.resources.items():
+            labels[name] = labels.get(name, 0.0) + count * amount
+    whole = {name: float(math.ceil(amount)) for name, amount in labels.items()}
+    return sum(count * section.cpus for section, count in sections), whole
+
+
 def _load_progress() -> tuple[int, int] | None:
     """Bytes the starting cluster has read and will have read; None while its controller cannot be asked."""
     import ray
@@ -294,5 +322,7 @@ def start_error(text: str, *, logs: str) -> MorayError:
         return ConfigError(message)
     if kind == "CheckpointError":
         return CheckpointError(message)
+    if kind == "FetchError":
+        return FetchError(message)
     where = f"; its logs are in {logs}/logs" if logs else ""
     return ClusterError(f"the cluster did not start: {message}{where}")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..actors.links import LinkAddress
 from ..actors.messages import ClusterStatus, Event, Health, ProcessState, ProcessStatus
-from ..actors.placement_table import EMPTY, PlacementTable
+from ..actors.placement_table import EMPTY, PlacementTable, is_cold
 from ..actors.reports import HostReport, RouterReport
 from ..configs.deployment import Deployment
 from ..model.reader import BytesRead
@@ -94,7 +94,7 @@ class Registry:
         table: the placement in force. Routers may still be on the one before.
         replicas: copies that were asked for, by (model layer, expert).
         standby: warm processes that are no host yet.
-        wanted_hosts: expert hosts there should be.
+        wanted_hosts, wanted_cold: expert hosts there should be, without those of the cold tier, and of it.
         balance: of the measured load; see `ClusterStatus`.
     """
 
@@ -109,6 +109,7 @@ class Registry:
         self.standby: dict[str, Host] = {}
         self.replicas: dict[tuple[int, int], int] = {}
         self.wanted_hosts = deployment.experts.hosts
+        self.wanted_cold = deployment.experts.cold.hosts
         self.balance = 1.0
         self._ledger = ledger
         self._generation = generation
@@ -135,6 +136,7 @@ class Registry:
                     table=self.table,
                     replicas=dict(self.replicas),
                     wanted_hosts=self.wanted_hosts,
+                    wanted_cold=self.wanted_cold,
                     processes=tuple(processes),
                     standby=tuple(h.handle.actor_name for h in self.standby.values() if h.handle is not None),
                 )
@@ -280,5 +282,11 @@ def pairs_held(table: PlacementTable, host: str) -> frozenset[tuple[int, int]]:
 
 
 def by_number(names: Iterable[str]) -> list[str]:
-    """Names such as `expert-host-10` in the order of their numbers."""
-    return sorted(names, key=lambda name: int(name.rsplit("-", 1)[1]))
+    """Names such as `expert-host-10` in the order of their numbers, cold hosts last."""
+    return sorted(names, key=lambda name: (is_cold(name), int(name.rsplit("-", 1)[1])))
+
+
+def by_kind(hosts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The hosts that are not of the cold tier, and those that are, each in the order of their numbers."""
+    ordered = by_number(hosts)
+    return [name for name in ordered if not is_cold(name)], [name for name in ordered if is_cold(name)]

@@ -1,8 +1,9 @@
 """What this machine's `moray serve` processes have running, written down so that nothing outlives them unnoticed.
 
 One small file a server, readable by its owner only: the server's pid, its URL, and the processes of the Ray session it
-started. A server that ends in order removes its file. One that was killed leaves it, and the next start reads it, ends
-what is left and says so. Processes are known by pid and start time, so that a pid that was used again is left alone.
+started; beside it another with that session's token (see `private_ray`). A server that ends in order removes both. One that was
+killed leaves them, and the next start reads the first, ends what is left and says so. Processes are known by pid and start
+time, so that a pid that was used again is left alone.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ class RunState:
     def remove(self, record: ServerRecord) -> None:
         """Forget a server."""
         self._path(record).unlink(missing_ok=True)
+        self.token_path(record.server).unlink(missing_ok=True)
+
+    def token_path(self, server: ProcessId) -> Path:
+        """Where the token of a server's Ray is, if it has one."""
+        return self.folder / f"{server.pid}-{server.started}.ray-token"
 
     def records(self) -> list[ServerRecord]:
         """All records, newest server first. Files that are none are removed: they can only be half-written."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,18 +21,22 @@ from ray.serve.schema import ApplicationStatus
 from ..actors.front.app import create_app
 from ..actors.messages import ClusterStatus, ProcessStatus
 from ..actors.router_client import ClusterClient
-from ..configs.deployment import Deployment
+from ..configs.deployment import ON_HEAD, Deployment
 from ..configs.errors import ClusterError, MorayError
 from ..model.config import ModelConfig
-from .assembly import checkpoint_path, front_settings, served_model
+from .assembly import checkpoint_path, front_settings, pinned, served_model
 from .changes import Change, Wanted
 from .controller import Controller
+from .handles import LOAD_TIMEOUT_S
 from .ledger import RayLedger
 from .registry import Directory
 from .spawning import Spawner
 
-_CONTROLLER_TIMEOUT_S = 3600.0
-"""How long a front waits for the cluster to come up: as long as loading may take."""
+_LOADING_TIMEOUT_S = LOAD_TIMEOUT_S
+"""How long the processes may stand still with loading before a front gives up: however long all of it takes."""
+
+_CONTROLLER_TIMEOUT_S = 60.0
+"""For an answer of a controller that asks every process for it."""
 
 _STATUS_TIMEOUT_S = 2.0
 
@@ -115,7 +120,8 @@ class FrontDeployment:
         self._deployment = Deployment.from_dict(deployment)
         self._controller = controller
         self._front_id = f"front-{serve.get_replica_context().replica_id.unique_id}"
-        directory = await self._ask("directory", _CONTROLLER_TIMEOUT_S)
+        self._path = await asyncio.to_thread(self._metadata)
+        directory = await self._first_directory()
         self._client = ClusterClient(
             self._routers,
             self._status,
@@ -125,8 +131,27 @@ class FrontDeployment:
         )
         await self._client.connect()
 
+    def _metadata(self) -> Path:
+        deployment = self._deployment
+        return checkpoint_path(deployment.model, weights_dir=deployment.weights_dir, parts="metadata")
+
+    async def _first_directory(self) -> Directory:
+        """Where the routers are, once they serve: as long as loading gets on, it is waited for."""
+        asking = asyncio.ensure_future(self._ask("directory", None))
+        seen = None
+        try:
+            while not (await asyncio.wait({asking}, timeout=_LOADING_TIMEOUT_S))[0]:
+                progress = await self._ask("load_progress", _CONTROLLER_TIMEOUT_S)
+                if progress == seen:
+                    raise ClusterError(f"the cluster has not got on with loading for {_LOADING_TIMEOUT_S:.0f} s")
+                seen = progress
+            directory: Directory = await asking
+        finally:
+            asking.cancel()
+        return directory
+
     def __serve_build_asgi_app__(self) -> FastAPI:
-        config = ModelConfig.load(checkpoint_path(self._deployment.model))
+        config = ModelConfig.load(self._path)
         settings = front_settings(self._deployment, front_id=self._front_id, behind_proxy=True)
         return create_app(self._client, served_model(self._deployment, config), settings)
 
@@ -139,11 +164,11 @@ class FrontDeployment:
         status: ClusterStatus = await self._ask("status", _STATUS_TIMEOUT_S)
         return status
 
-    async def _ask(self, method: str, timeout_s: float) -> Any:
+    async def _ask(self, method: str, timeout_s: float | None) -> Any:
         try:
             return await asyncio.wait_for(getattr(self._controller, method).remote(), timeout_s)
         except TimeoutError as error:
-            raise ClusterError(f"the controller did not answer {method} within {timeout_s:.0f} s") from error
+            raise ClusterError(f"the controller did not answer {method} within {timeout_s} s") from error
         except (RayError, RayServeException) as error:
             if isinstance(error, MorayError):
                 raise  # the controller's own answer
@@ -158,12 +183,12 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application for a deployment given as plain data: `args` of a Serve file.
 
     Raises:
-        ConfigError: the description cannot be used; nothing was started.
+        ConfigError, FetchError: the description cannot be used, or there is no such model; nothing was started.
     """
-    deployment = Deployment.from_dict(args, source="args")
+    # Fixed here, once for the cluster: were each process to look, two might find different weights behind one name.
+    deployment = pinned(Deployment.from_dict(args, source="args"))
     plain = deployment.model_dump()
     common = {
-        "ray_actor_options": {"num_cpus": 0},
         "max_ongoing_requests": _UNLIMITED,
         "graceful_shutdown_wait_loop_s": 0.1,
         "max_constructor_retry_count": 1,  # what was refused once will be again
@@ -171,9 +196,18 @@ def build(args: dict[str, Any]) -> serve.Application:
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 4.0,
     }
-    controller = serve.deployment(name="controller", graceful_shutdown_timeout_s=30.0, **common)(ControllerDeployment)
+    controller = serve.deployment(
+        name="controller",
+        graceful_shutdown_timeout_s=30.0,
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},  # a node that is lost must not take it along
+        **common,
+    )(ControllerDeployment)
     front = serve.deployment(
-        name="front", num_replicas=deployment.front.replicas, graceful_shutdown_timeout_s=5.0, **common
+        name="front",
+        num_replicas=deployment.front.replicas,
+        graceful_shutdown_timeout_s=5.0,
+        ray_actor_options={"num_cpus": 0, "resources": deployment.front.resources},
+        **common,
     )(serve.ingress()(FrontDeployment))
     return front.bind(plain, controller.bind(plain))
 

@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from ..configs.deployment import Deployment
-from .listening import check_port
+from .listening import check_port, open_doors
 from .local_server import LocalServer
 from .ray_server import RayServer
 from .run_state import ProcessId, RunState, ServerRecord, descendants, end_processes, with_processes
@@ -46,13 +46,17 @@ def serve(deployment: Deployment, *, address: str | None, local: bool) -> int:
     if deployment.front.port == 0:
         port = check_port(deployment.front.host, 0)
         deployment = deployment.model_copy(update={"front": deployment.front.model_copy(update={"port": port})})
-    server = LocalServer(deployment) if local else RayServer(deployment, address)
+    own = ProcessId.of(os.getpid())
+    assert own is not None, "this process runs"
+    server = LocalServer(deployment) if local else RayServer(deployment, address, token=state.token_path(own))
     signals = _Signals()
-    with _Recorder(state, server, deployment.served_name) as recorder:
+    with _Recorder(state, server, own, deployment.served_name) as recorder:
         try:
             server.start()
             signals.started()
             recorder.update()
+            for door in open_doors(deployment, None if local else address):
+                logger.warning("event=open_door reason=%s", door)
             _say(_ready_line(deployment, server.url, time.monotonic() - started))
             while not signals.wait(_CHECK_EVERY_S):
                 server.check()
@@ -104,9 +108,7 @@ class _Signals:
 class _Recorder:
     """Keeps the record of this server up to date in a thread, and removes it at the end."""
 
-    def __init__(self, state: RunState, server: LocalServer | RayServer, model: str) -> None:
-        own = ProcessId.of(os.getpid())
-        assert own is not None, "this process runs"
+    def __init__(self, state: RunState, server: LocalServer | RayServer, own: ProcessId, model: str) -> None:
         self.record = ServerRecord(own, server.url, model)
         self._state = state
         self._server = server
@@ -144,9 +146,10 @@ class _Recorder:
 
 
 def _ready_line(deployment: Deployment, url: str, took_s: float) -> str:
-    hosts, routers = deployment.experts.hosts, deployment.routers.replicas
+    hosts, cold, routers = deployment.experts.hosts, deployment.experts.cold.hosts, deployment.routers.replicas
     return (
-        f"ready: {url}  model {deployment.served_name}, {hosts} expert host{'s' * (hosts > 1)}, "
+        f"ready: {url}  model {deployment.served_name}, {hosts} expert host{'s' * (hosts > 1)}"
+        f"{f' and {cold} cold' if cold else ''}, "
         f"{routers} router{'s' * (routers > 1)}, {took_s:.1f} s  (Ctrl-C stops it)"
     )
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util import list_named_actors
 
-from ..actors.placement_table import PlacementTable
+from ..actors.placement_table import PlacementTable, is_cold
 from ..actors.router import RouterSettings
 from ..actors.router_process import HostAddresses
-from ..configs.deployment import Deployment, ExpertHosts, Routers
+from ..configs.deployment import ColdHosts, Deployment, ExpertHosts, Routers
 from ..configs.errors import ClusterError
 from ..model.compute import Compute
-from .assembly import checkpoint_path, compute, host_name, router_name
+from .assembly import compute, host_compute, host_names, router_name
 from .handles import ATTACH_TIMEOUT_S, ExpertHostHandle, RouterHandle, free_resources
 from .workers import ExpertHostWorker, RouterWorker, described_compute
 
@@ -30,8 +31,23 @@ _CALLS = 8
 """Calls that a process may have in hand: its watch, a load, a report, a relink, and some to spare. Each is a thread."""
 
 
+_ROUNDING = 1e-6
+"""Ray's amounts are multiples of 0.0001; sums of them are off by less than this."""
+
+_Section = ExpertHosts | ColdHosts | Routers
+
+
 class NoRoomError(ClusterError):
     """The Ray cluster has no room for another process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """So many of each kind: expert hosts, expert hosts of the cold tier, routers."""
+
+    hosts: int = 0
+    cold: int = 0
+    routers: int = 0
 
 
 class Spawner:
@@ -52,8 +68,8 @@ class Spawner:
         Starting Python and importing torch take longer than anything else a small model's process does, and no process
         needs another for it.
         """
-        for index in range(deployment.experts.hosts):
-            self._prepared[host_name(index)] = self._host(host_name(index), deployment, gently=False)
+        for name in host_names(deployment.experts):
+            self._prepared[name] = self._host(name, deployment, gently=False)
         for index in range(deployment.routers.replicas):
             self._prepared[router_name(index)] = self._router_actor(router_name(index), deployment, gently=False)
 
@@ -63,7 +79,7 @@ class Spawner:
         return prepared if isinstance(prepared, ExpertHostHandle) else self._host(host_id, deployment, gently=gently)
 
     def standby(self, deployment: Deployment) -> ExpertHostHandle:
-        """Start a process that can become any expert host."""
+        """Start a process that can become any expert host, but for those of the cold tier."""
         return self._host("standby", deployment, gently=True)
 
     def router(
@@ -84,7 +100,6 @@ class Spawner:
         )
         started = actor.start.remote(
             described_compute(self._compute(deployment)),
-            checkpoint=checkpoint_path(deployment.model),
             settings=settings,
             table=table,
             hosts=dict(hosts),
@@ -125,47 +140,40 @@ class Spawner:
                 except ValueError:
                     continue  # it has ended
 
-    def check_room(
-        self, deployment: Deployment, *, hosts: int = 0, routers: int = 0, running: tuple[int, int] = (0, 0)
-    ) -> None:
+    def check_room(self, deployment: Deployment, more: Processes, *, running: Processes) -> None:
         """Refuse to start so many more processes where the cluster has no room for them.
 
         What is short is asked of Ray, whose autoscaler adds nodes where there is one.
 
         Args:
             deployment: whose processes.
-            hosts, routers: how many more.
-            running: how many there are of each.
+            more: how many of each kind.
+            running: how many there are.
 
         Raises:
             NoRoomError: says how much of what is missing.
         """
         on_gpu = self._compute(deployment).device.type == "cuda"
-        wanted = {"CPU": 0.0, "GPU": 0.0}
-        bundles: list[dict[str, float]] = []  # of all processes: Ray is asked for a size, not for more
-        described = []
-        for count, there, section, what in (
-            (hosts, running[0], deployment.experts, "expert host"),
-            (routers, running[1], deployment.routers, "router"),
-        ):
-            needs = _needs(section, on_gpu)
-            bundles += [needs] * (count + there)
-            for kind, amount in needs.items():
-                wanted[kind] += count * amount
-            if count:
-                each = " and ".join(f"{amount:g} {kind}" for kind, amount in needs.items())
-                described.append(f"{count} more {what}{'s' if count > 1 else ''} of {each} each")
-        free = ray.available_resources()
-        short = [
-            f"{need - free.get(kind, 0):g} more {kind}s" for kind, need in wanted.items() if need > free.get(kind, 0)
+        kinds = [
+            (needs(deployment.experts, on_gpu), more.hosts, running.hosts, "expert host"),
+            (needs(deployment.experts.cold, on_gpu), more.cold, running.cold, "cold expert host"),
+            (needs(deployment.routers, on_gpu), more.routers, running.routers, "router"),
         ]
-        if short:
-            _ask_ray_for(bundles)
-            raise NoRoomError(
-                f"{' and '.join(described)} need {' and '.join(short)}{free_resources()}: add nodes "
-                "(Ray was told; where its autoscaler runs, they come by themselves: then try again)"
-            )
-        _ask_ray_for([])
+        short = lacking([(each, count) for each, count, _, _ in kinds], _free_of_nodes())
+        if not short:
+            _ask_ray_for([])
+            return
+        # Of all processes: Ray is asked for a size, not for more.
+        _ask_ray_for([each for each, count, there, _ in kinds for _ in range(count + there)])
+        described = [
+            f"{count} more {what}{'s' if count > 1 else ''} of {_in_words(each)} each"
+            for each, count, _, what in kinds
+            if count
+        ]
+        raise NoRoomError(
+            f"{' and '.join(described)} need {' and '.join(short)}{free_resources()}: add nodes "
+            "(Ray was told; where its autoscaler runs, they come by themselves: then try again)"
+        )
 
     def close(self) -> None:
         """End processes that were prepared and never asked for."""
@@ -186,7 +194,8 @@ class Spawner:
         return [by_reference[reference] for reference in ended]
 
     def _host(self, label: str, deployment: Deployment, *, gently: bool) -> ExpertHostHandle:
-        section, computing = deployment.experts, self._compute(deployment)
+        section = deployment.experts.cold if is_cold(label) else deployment.experts
+        computing = host_compute(deployment, label, gpus=self._gpus(deployment))
         name, options = self._options(label, section, computing)
         actor = (
             ray.remote(ExpertHostWorker)
@@ -196,7 +205,8 @@ class Spawner:
                 threads=section.cpus,
                 lease_s=deployment.supervision.lease_s,
                 gently=gently,
-                model=checkpoint_path(deployment.model) if gently else None,
+                model=deployment.model,
+                weights_dir=deployment.weights_dir,
             )
         )
         return ExpertHostHandle(name, actor, self._watcher)
@@ -207,21 +217,34 @@ class Spawner:
         actor = (
             ray.remote(RouterWorker)
             .options(**options)
-            .remote(router_id, threads=section.cpus, lease_s=deployment.supervision.lease_s, gently=gently)
+            .remote(
+                router_id,
+                threads=section.cpus,
+                lease_s=deployment.supervision.lease_s,
+                gently=gently,
+                model=deployment.model,
+                weights_dir=deployment.weights_dir,
+            )
         )
         return name, actor
 
-    def _options(self, label: str, section: ExpertHosts | Routers, computing: Compute) -> tuple[str, dict[str, Any]]:
-        """A name of its own, and Ray's options, for one process."""
+    def _options(self, label: str, section: _Section, computing: Compute) -> tuple[str, dict[str, Any]]:
+        """A name of its own, and Ray's options, for one process.
+
+        Processes go to nodes in turn: so that a node that fails takes few with it, copies of an expert are on several, and
+        routers share no network card. Where only some nodes have room, such as after a death, they go there.
+        """
         # One that is restored must not wait for Ray to forget the name of the one before.
         name = f"{label}.{secrets.token_hex(3)}"
-        needs = _needs(section, computing.device.type == "cuda")
+        reserved = needs(section, computing.device.type == "cuda")
         return name, {
             "name": name,
             "namespace": self._namespace,
             "lifetime": "detached",
-            "num_cpus": needs["CPU"],
-            "num_gpus": needs.get("GPU", 0),
+            "num_cpus": reserved["CPU"],
+            "num_gpus": reserved.get("GPU", 0),
+            "resources": dict(section.resources),
+            "scheduling_strategy": "SPREAD",
             "max_restarts": 0,
             "max_concurrency": _CALLS,
         }
@@ -232,16 +255,66 @@ class Spawner:
         except ValueError as error:
             raise ClusterError(f"{name}: there is no such process any more") from error
 
+    def _compute(self, deployment: Deployment) -> Compute:
+        return compute(deployment, gpus=self._gpus(deployment))
+
     @staticmethod
-    def _compute(deployment: Deployment) -> Compute:
-        return compute(deployment, gpus=ray.cluster_resources().get("GPU", 0))
+    def _gpus(deployment: Deployment) -> float:
+        if deployment.device == "cuda":
+            return 1.0  # asked for by name: nodes with GPUs may be still to come
+        gpus: float = ray.cluster_resources().get("GPU", 0.0)
+        return gpus
 
 
-def _needs(section: ExpertHosts | Routers, on_gpu: bool) -> dict[str, float]:
-    return {"CPU": float(section.cpus), **({"GPU": section.gpus} if on_gpu else {})}
+def needs(section: _Section, on_gpu: bool) -> dict[str, float]:
+    """What Ray reserves for one process of a section, where those that can are on GPUs."""
+    gpus = {} if isinstance(section, ColdHosts) or not on_gpu else {"GPU": section.gpus}
+    return {"CPU": float(section.cpus), **gpus, **section.resources}
+
+
+def lacking(more: Sequence[tuple[dict[str, float], int]], free: Sequence[Mapping[str, float]]) -> list[str]:
+    """What is missing for more processes, in words; empty where nothing is known to be.
+
+    Never more than is missing: what each kind of process needs on one node is looked at for that kind alone.
+
+    Args:
+        more: what one process of each kind needs, and how many there are to be.
+        free: what each node has left.
+    """
+    wanted: dict[str, float] = {}
+    for each, count in more:
+        for name, amount in each.items():
+            wanted[name] = wanted.get(name, 0.0) + count * amount
+    there = {name: sum(node.get(name, 0.0) for node in free) for name in wanted}
+    short = [
+        f"{amount - there[name]:g} more {_plural(name)}"
+        for name, amount in wanted.items()
+        if amount > there[name] + _ROUNDING
+    ]
+    if short:
+        return short
+    for each, count in more:
+        room = sum(min(int(node.get(name, 0.0) / amount + _ROUNDING) for name, amount in each.items()) for node in free)
+        if room < count:
+            short.append(f"{_in_words(each)} on one node, {count - room} times more")
+    return short
+
+
+def _plural(resource: str) -> str:
+    return f"{resource}s" if resource in ("CPU", "GPU") else resource
+
+
+def _in_words(each: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in each.items())
 
 
 def _ask_ray_for(bundles: list[dict[str, float]]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=bundles)
+
+
+def _free_of_nodes() -> list[dict[str, float]]:
+    """What is free on each node that is alive."""
+    found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    return list(found.values())

@@ -11,7 +11,7 @@ from ..actors.reports import HostReport, RouterReport
 from ..configs.errors import ClusterError, ConfigError, MorayError
 from .handles import ATTACH_TIMEOUT_S, ExpertHostHandle, RouterHandle
 from .launching import Launcher, side_by_side
-from .registry import Host, Member, Registry, Router
+from .registry import Host, Member, Registry, Router, by_kind
 from .spawning import NoRoomError, Spawner
 from .transition import Transition
 
@@ -349,8 +349,9 @@ class Supervisor:
     def _grow_back(self, now: float) -> None:
         """Try to have as many hosts as were asked for again, where some had to be given up for want of room."""
         registry = self._registry
-        missing = registry.wanted_hosts - len(registry.table.slots)
-        if missing <= 0 or now < self._grow_at:
+        hosts, cold = by_kind(registry.table.slots)
+        whole = len(hosts) >= registry.wanted_hosts and len(cold) >= registry.wanted_cold
+        if whole or now < self._grow_at:
             return
         self._grow_at = now + _GROW_BACK_S
         threading.Thread(target=self._grow, name="moray-grow", daemon=True).start()

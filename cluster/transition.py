@@ -18,8 +18,8 @@ from .change_planner import ChangePlanner, merged
 from .changes import Change, Wanted, moved_experts
 from .launching import GaveWayError, Launcher, side_by_side
 from .placement_plan import PlacementPlan
-from .registry import Host, Registry, Router
-from .spawning import Spawner
+from .registry import Host, Registry, Router, by_kind
+from .spawning import Processes, Spawner
 
 _ATTEMPTS = 5
 """At a change that deaths of hosts interrupt."""
@@ -100,10 +100,10 @@ class Transition:
         """
         started = time.monotonic()
         if dry_run:
-            return self._planner.plan(wanted or Wanted(experts=self._registry.wanted_hosts))[0]
+            return self._planner.plan(wanted or self._wanted_before())[0]
         for attempt in range(_ATTEMPTS):
             with self._own_turn():
-                asked = wanted or Wanted(experts=self._registry.wanted_hosts)
+                asked = wanted or self._wanted_before()
                 change, plan = self._planner.plan(asked)
                 try:
                     with self._wishes(asked, plan):
@@ -119,6 +119,10 @@ class Transition:
                     return replace(change, seconds=seconds)
             self._await_whole(attempt)
         raise ClusterError(f"hosts died {_ATTEMPTS} times while this went on; nothing was changed: {last}")
+
+    def _wanted_before(self) -> Wanted:
+        with self._registry.lock:
+            return Wanted(experts=self._registry.wanted_hosts, cold=self._registry.wanted_cold)
 
     def _await_whole(self, attempt: int) -> None:
         """Let what is lost be restored, before the change is tried again."""
@@ -171,15 +175,19 @@ class Transition:
         """Note what is asked for, for as long as it lasts; forget it again if it cannot be done."""
         registry = self._registry
         with registry.lock:
-            before = registry.replicas, registry.wanted_hosts
+            before = registry.replicas, registry.wanted_hosts, registry.wanted_cold
             registry.replicas = merged(registry.replicas, wanted)
-            if wanted.experts is not None or wanted.drain:
-                registry.wanted_hosts = len(plan.table.slots)
+            hosts, cold = by_kind(plan.table.slots)
+            drained, cold_drained = by_kind(wanted.drain)
+            if wanted.experts is not None or drained:
+                registry.wanted_hosts = len(hosts)
+            if wanted.cold is not None or cold_drained:
+                registry.wanted_cold = len(cold)
         try:
             yield
         except BaseException:
             with registry.lock:
-                registry.replicas, registry.wanted_hosts = before
+                registry.replicas, registry.wanted_hosts, registry.wanted_cold = before
             raise
         finally:
             registry.save()
@@ -190,12 +198,9 @@ class Transition:
         new_routers = [name for name in change.added if name not in plan.table.slots]
         with registry.lock:
             warm = len(registry.standby)
-        self._spawner.check_room(
-            registry.deployment,
-            hosts=max(0, len(new_hosts) - warm),
-            routers=len(new_routers),
-            running=self._launcher.running(),
-        )
+        hosts, cold = by_kind(new_hosts)
+        more = Processes(hosts=max(0, len(hosts) - warm), cold=len(cold), routers=len(new_routers))
+        self._spawner.check_room(registry.deployment, more, running=self._launcher.running())
         self._add_routers(new_routers)
         if change.epoch != registry.table.epoch:
             self._change_placement(plan, heed=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..actors.background import run_in_background
+from .node_weights import Fetching, NodeWeights
 
 if TYPE_CHECKING:
     from ..actors.links import LinkAddress, LinkKind
@@ -109,19 +110,32 @@ class ExpertHostWorker(_Worker):
         compute: where and in what the experts compute.
         threads: compute threads.
         gently: come up and load in a thread of little weight.
-        model: checkpoint to warm up for; None to leave that to the first request.
+        model, weights_dir: of the deployment. One that comes up gently warms up for it, and has it fetched if it is not here,
+            before it is asked to load anything.
     """
 
     def __init__(
-        self, compute: Mapping[str, Any], *, threads: int, lease_s: float, gently: bool, model: Path | None
+        self,
+        compute: Mapping[str, Any],
+        *,
+        threads: int,
+        lease_s: float,
+        gently: bool,
+        model: str,
+        weights_dir: str | None,
     ) -> None:
         self._stopping = threading.Event()
         super().__init__(lease_s)
         self._read: BytesRead | None = None
-        self._host: FaultPoints = _started(lambda: _expert_host(compute, threads, model), gently)
+        self._weights = NodeWeights(model, weights_dir)
+        self._loads = False
+        here = self._weights.path_if_here() if gently else None
+        self._host: FaultPoints = _started(lambda: _expert_host(compute, threads, here), gently)
         from ..model.progress import CountingProgress
 
         self._progress = CountingProgress()
+        if gently and here is None:
+            threading.Thread(target=self._fetch_ahead, name="moray-fetch-ahead", daemon=True).start()
 
     def listen(self, host_id: str, link: LinkKind | Literal["auto"], secret: bytes) -> list[LinkAddress]:
         """Be this expert host from now on, and listen for every kind that the deployment's `link` may turn into here.
@@ -134,9 +148,10 @@ class ExpertHostWorker(_Worker):
             kinds.append("nccl")
         return [self._host.listen(kind, bind_host=_node_ip(), secret=secret) for kind in kinds]
 
-    def load(self, checkpoint: Path, slots: Sequence[Sequence[int]], epoch: int, how: Mapping[str, Any]) -> BytesRead:
-        """See `ExpertHost.load`; `how` are its other arguments."""
-        read = self._host.load(checkpoint, slots, epoch=epoch, progress=self._progress, **how)
+    def load(self, slots: Sequence[Sequence[int]], epoch: int, how: Mapping[str, Any]) -> BytesRead:
+        """See `ExpertHost.load`; `how` are its other arguments. Fetches the model first, if it is not on this node."""
+        self._loads = True
+        read = self._host.load(self._weights.path(), slots, epoch=epoch, progress=self._progress, **how)
         self._read = read if self._read is None else self._read + read
         return read
 
@@ -158,8 +173,25 @@ class ExpertHostWorker(_Worker):
         return self._host.report()
 
     def bytes_loaded(self) -> int:
-        """Bytes of tensors read and copied so far."""
+        """Bytes of tensors read and copied so far; renews the lease."""
+        self._heard = time.monotonic()
         return self._progress.done
+
+    def fetching(self) -> Fetching | None:
+        """How far the fetch of the model is that this process waits for."""
+        return self._weights.fetching()
+
+    def _fetch_ahead(self) -> None:
+        """Have the model here before it is needed."""
+        from ..configs.errors import MorayError
+
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        try:
+            path = self._weights.path()
+            if not self._loads:
+                self._host.warm_up(path)
+        except MorayError as error:  # whoever has it load is told, if it is still so then
+            logger.warning("event=fetch_ahead_failed reason=%s", error)
 
     def inject(self, fault: str, seconds: float, settings: dict[str, Any]) -> int:
         """See `FaultPoints.inject`: for `moray chaos`. Who can call this can call anything in this process."""
@@ -182,11 +214,15 @@ class RouterWorker(_Worker):
         router_id: its id.
         threads: compute threads.
         gently: come up in a thread of little weight.
+        model, weights_dir: of the deployment.
     """
 
-    def __init__(self, router_id: str, *, threads: int, lease_s: float, gently: bool) -> None:
+    def __init__(
+        self, router_id: str, *, threads: int, lease_s: float, gently: bool, model: str, weights_dir: str | None
+    ) -> None:
         self._stopping = threading.Event()
         super().__init__(lease_s)
+        self._weights = NodeWeights(model, weights_dir)
         self._router_id = router_id
         self._threads = threads
         self._router: RouterProcess | None = None
@@ -196,9 +232,13 @@ class RouterWorker(_Worker):
         self._progress = CountingProgress()
 
     def start(self, compute: Mapping[str, Any], **settings: Any) -> tuple[str, BytesRead]:
-        """Become the `RouterProcess` with these settings; the address of its front channel, and bytes read."""
+        """Become the `RouterProcess` with these settings; the address of its front channel, and bytes read.
+
+        Fetches the model first, if it is not on this node.
+        """
         router = self._make(
             self._router_id,
+            checkpoint=self._weights.path(),
             bind_host=_node_ip(),
             threads=self._threads,
             progress=self._progress,
@@ -209,8 +249,13 @@ class RouterWorker(_Worker):
         return router.address, router.bytes_read
 
     def bytes_loaded(self) -> int:
-        """Bytes of tensors read so far."""
+        """Bytes of tensors read so far; renews the lease."""
+        self._heard = time.monotonic()
         return self._progress.done
+
+    def fetching(self) -> Fetching | None:
+        """How far the fetch of the model is that this process waits for."""
+        return self._weights.fetching()
 
     def bytes_read(self) -> BytesRead | None:
         """What the router has read; None before it is one."""

@@ -6,14 +6,16 @@ The same description comes from a YAML file (`moray serve --config`), from flags
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from .errors import ConfigError
+from .model_url import ModelUrl, is_model_url
 
 EMBEDDED_MODEL = "tiny-r1"
 """Name of the model that ships with the package."""
@@ -30,6 +32,66 @@ def _check_order(section: BaseModel, low: str, high: str, *, equal: bool) -> Non
         raise ValueError(f"{low} = {below} must be {'at most' if equal else 'below'} {high} = {above}")
 
 
+_NO_LABELS = {
+    "CPU": "use the key cpus",
+    "GPU": "use the key gpus, of sections that have it",
+    "memory": "processes reserve no memory; `moray plan` says what they take",
+    "object_store_memory": "Ray carries no tensors here",
+}
+"""Ray's own resources, and what to do instead of naming them as labels."""
+
+_LEAST_RESOURCE = 1e-4
+"""What Ray counts resources in."""
+
+
+def _check_labels(resources: dict[str, float]) -> dict[str, float]:
+    for name, amount in resources.items():
+        if not name or name in _NO_LABELS:
+            raise ValueError(f"{name!r} is no resource label: {_NO_LABELS.get(name, 'it must have a name')}")
+        if not _LEAST_RESOURCE <= amount < math.inf:
+            raise ValueError(
+                f"{name} = {amount:g}: must be a number of at least {_LEAST_RESOURCE:g}, which Ray counts in"
+            )
+    return resources
+
+
+Resources = Annotated[dict[str, float], AfterValidator(_check_labels)]
+"""Custom resources of Ray's that each process reserves besides CPUs and GPUs, such as {moray_expert: 1}. With nodes that
+offer them (`ray start --resources`, `resources` of a cluster file's node types) processes come to the nodes meant for them,
+and Ray's autoscaler adds nodes of the right kind. A cluster that `moray serve` starts itself offers all that are asked for."""
+
+
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Reserves nearly nothing of what the node of Ray's head alone offers, one of it, on every cluster."""
+
+
+class ColdHosts(_Section):
+    """Expert hosts on CPUs, beside those on GPUs, for the experts that least is asked of: the cold tier.
+
+    They compute on the CPU whatever `device` is. Routers ask them only for experts that no other host has. As long as no load
+    was measured, nobody knows which experts these should be; `moray rebalance`, or `autoscale.experts`, then brings the right
+    ones, and with them the least share of the load that so many slots can have.
+
+    Attributes:
+        hosts: how many; their ids are `cold-host-0` and so on.
+        max_hosts: as `experts.max_hosts`.
+        slots: experts of each layer that each of them holds, and the other hosts need not. None: as many as any other host.
+        cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        dtype, fp8: as those of the deployment, for these hosts. `auto` is the deployment's own, as far as that is for CPUs:
+            beside GPUs FP8 weights are decoded, to float32 where `dtype` is `auto`, too. Where these hosts do not compute as
+            the others do, the bits of an answer depend on which experts they hold.
+        resources: see `Resources`.
+    """
+
+    hosts: int = Field(default=0, ge=0)
+    max_hosts: int = Field(default=4, ge=1)
+    slots: int | None = Field(default=None, ge=1)
+    cpus: int = Field(default=1, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    fp8: Literal["auto", "keep", "decode"] = "auto"
+    resources: Resources = Field(default_factory=dict)
+
+
 class ExpertHosts(_Section):
     """The processes that hold the routed experts.
 
@@ -40,13 +102,15 @@ class ExpertHosts(_Section):
         min_replicas: copies of each expert, on distinct hosts. With two, the death of a host costs no pause, and twice the
             memory.
         spare_slots: slots of each host and layer beyond its share, for further copies of experts that much is asked of.
-        standby: processes kept warm, with everything imported, that become expert hosts when one is lost or added; each
-            reserves what a host does.
+        standby: processes kept warm, with everything imported, that become expert hosts (no cold ones) when one is lost or
+            added; each reserves what a host does.
         copy_weights: have a host that needs experts take them from hosts that hold them, beside reading the disk:
             whichever is faster gives more.
         cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
         gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
+        resources: see `Resources`.
         reply_timeout_s: a host that is silent for so long with work in hand is taken for dead.
+        cold: more hosts, on CPUs, for the experts that least is asked of.
     """
 
     hosts: int = Field(default=2, ge=1)
@@ -57,7 +121,9 @@ class ExpertHosts(_Section):
     copy_weights: bool = True
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=1.0, gt=0)
+    resources: Resources = Field(default_factory=dict)
     reply_timeout_s: float = Field(default=10.0, gt=0)
+    cold: ColdHosts = ColdHosts()
 
 
 class Routers(_Section):
@@ -68,6 +134,7 @@ class Routers(_Section):
         max_replicas: how many `moray scale` can go to on a cluster that `moray serve` starts itself, as `experts.max_hosts`.
         cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
         gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
+        resources: see `Resources`.
         page_size: positions in one KV page.
         cache_tokens: positions in one router's KV cache, rounded up to whole pages.
         kv_cache: `fp8` keeps latents in FP8 with a scale for every 128 of them: 57% of the memory of bfloat16. `auto` keeps
@@ -84,6 +151,7 @@ class Routers(_Section):
     max_replicas: int = Field(default=4, ge=1)
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=1.0, gt=0)
+    resources: Resources = Field(default_factory=dict)
     page_size: int = Field(default=32, ge=1)
     cache_tokens: int = Field(default=32768, ge=1)
     kv_cache: Literal["auto", "fp8"] = "auto"
@@ -211,11 +279,14 @@ class Front(_Section):
 
     Attributes:
         replicas: Serve replicas that validate, tokenize and stream.
+        resources: see `Resources`. By default they are on the node of Ray's head, which the cluster cannot lose anyway: a
+            stream ends with its front. `{}` lets them be on any node.
         api_key_file: file with one bearer key a line; None lets everybody in.
         body_limit_bytes: larger request bodies are refused with 413.
     """
 
     replicas: int = Field(default=1, ge=1)
+    resources: Resources = Field(default_factory=lambda: dict(ON_HEAD))
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     api_key_file: str | None = None
@@ -226,9 +297,13 @@ class Deployment(_Section):
     """A whole deployment.
 
     Attributes:
-        model: a checkpoint directory, or `tiny-r1` for the embedded one.
+        model: a checkpoint directory, which every node must have, or `tiny-r1` for the embedded one, or where each node is to
+            fetch it from: `hf://org/name@revision`, `s3://bucket/prefix`, `gs://...`, `https://...`, or what fsspec knows.
+        weights_dir: where fetched models lie, on every node; by default `~/.cache/moray/models`. A local disk, or a file system
+            that nodes share: it is fetched once for all that see it.
         name: the id clients use; by default the directory's name.
-        device: where experts and attention compute; `auto` is cuda where there is any GPU, else cpu.
+        device: where experts and attention compute; `auto` is cuda where there is any GPU, else cpu. On a cluster whose nodes
+            with GPUs come when they are asked for: cuda.
         dtype: what is computed in; `auto` is bfloat16 on GPUs, and float32 on CPUs, whose results do not depend on the
             machine's bf16 units.
         fp8: what becomes of FP8 weights: `keep` multiplies them as they are stored with activations quantised to FP8,
@@ -236,10 +311,12 @@ class Deployment(_Section):
         link: how routers and expert hosts are joined; `auto` takes shm on one machine, else nccl or gloo.
         max_context: longest prompt plus answer in tokens; by default the model's own, as far as the cache holds it.
         verify: `full` looks for NaN in the whole checkpoint before anything starts, `headers` only at names and shapes,
-            `auto` decides by size. What a process reads it checks in any case.
+            `auto` decides by size. What a process reads it checks in any case. Of a model that is fetched, `full` brings all of
+            it to the controller's node, and without it nothing is looked at there but its configuration.
     """
 
     model: str = EMBEDDED_MODEL
+    weights_dir: str | None = None
     name: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -254,9 +331,24 @@ class Deployment(_Section):
     autoscale: Autoscale = Autoscale()
 
     @model_validator(mode="after")
+    def _links_reach_cold_hosts(self) -> Self:
+        if self.link == "nccl" and self.experts.cold.hosts:
+            raise ValueError(
+                f"link = 'nccl' and experts.cold.hosts = {self.experts.cold.hosts}: cold hosts have no GPU; use link: auto"
+            )
+        return self
+
+    @field_validator("model")
+    @classmethod
+    def _is_fetchable(cls, model: str) -> str:
+        if is_model_url(model):
+            ModelUrl.parse(model)
+        return model
+
+    @model_validator(mode="after")
     def _replicas_find_hosts(self) -> Self:
         scaling, replicas = self.autoscale.experts, self.experts.min_replicas
-        if scaling.enabled and scaling.max_hosts < replicas:
+        if scaling.enabled and scaling.max_hosts + self.experts.cold.hosts < replicas:
             raise ValueError(
                 f"autoscale.experts.max_hosts = {scaling.max_hosts} is below experts.min_replicas = {replicas}: copies of "
                 "an expert are on distinct hosts; raise the first or lower the second"
@@ -266,6 +358,8 @@ class Deployment(_Section):
     @property
     def served_name(self) -> str:
         """The id clients use."""
+        if self.name is None and is_model_url(self.model):
+            return ModelUrl.parse(self.model).name
         return self.name or Path(self.model).expanduser().absolute().name
 
     @classmethod

@@ -3,6 +3,7 @@
     MorayError
     ├── ConfigError (ValueError)        a setting, flag or deployment file has a value that cannot be used
     ├── CheckpointError (ValueError)    a checkpoint is refused: names the file, the tensor and what to do
+    │   └── FetchError                  its files could not be brought to this machine whole
     ├── RequestError (ValueError)       a request cannot be served as asked: what the client can change
     │   ├── ContextTooLongError         prompt (+ max_tokens) does not fit the context
     │   └── QueueFullError              too much is waiting already: try again after `retry_after_s`
@@ -31,6 +32,10 @@ class ConfigError(MorayError, ValueError):
 
 class CheckpointError(MorayError, ValueError):
     """A checkpoint is refused; the message names the file, the tensor and what to do."""
+
+
+class FetchError(CheckpointError):
+    """A checkpoint's files could not be brought to this machine whole; the message names the file and what to do."""
 
 
 class RequestError(MorayError, ValueError):

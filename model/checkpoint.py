@@ -15,11 +15,9 @@ from pathlib import Path, PurePosixPath
 from ..configs.errors import CheckpointError
 from ..kernels.fp8 import scale_shape
 from .config import ModelConfig
+from .file_names import INDEX_FILE, SINGLE_FILE
 from .safetensors_file import PLAIN_DTYPES, FileHeader, TensorEntry, read_header
 from .tensor_names import ExpectedTensor, Role, TensorNames
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 _HEADER_THREADS = 16
 """Headers are many small reads; on a network file system their latencies should overlap."""

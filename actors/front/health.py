@@ -53,6 +53,12 @@ def shortcomings(status: ClusterStatus) -> list[str]:
         for router in status.routers
         if router.unreachable_experts
     ]
+    found += [
+        f"{router.router_id}: {why}"
+        for router in status.routers
+        if not router.unreachable_experts
+        for why in router.broken_links
+    ]
     if status.missing_replicas:
         found.append(
             f"{status.missing_replicas} (layer, expert) pairs have fewer than {status.min_replicas} live replicas"

@@ -1,4 +1,8 @@
-"""Accepts connections and authenticates each in a thread of its own: one that says nothing delays no other."""
+"""Accepts connections and authenticates each in a thread of its own: one that says nothing delays no other.
+
+What strangers can cost is bounded: `MAX_HANDSHAKES` threads and descriptors, each for `HANDSHAKE_TIMEOUT_S` at most, and
+some lines of the log. Those who hold the secret count no more once they have shown that they do.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import logging
 import os
 import select
 import socket
+import struct
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from ...configs.errors import LinkError
@@ -25,9 +32,33 @@ ESTABLISH_TIMEOUT_S: Final = 30.0
 """For what follows a good handshake: NCCL alone takes seconds to set up."""
 
 MAX_HANDSHAKES: Final = 64
-"""Handshakes in progress at a time; connections beyond it are dropped at once. Each costs one thread."""
+"""Handshakes in progress at a time; each costs one thread. One more takes the place of the oldest of whoever has most: a peer
+of ours is through in milliseconds, and connections that say nothing make room for it."""
+
+_MAKE_ROOM_S: Final = 1.0
+"""For the thread of a connection that was dropped to end, which takes it microseconds."""
+
+_LOGGED: Final = 20
+_LOGGED_PER_S: Final = 10.0
+"""So many refusals are logged one by one in so many seconds, and the rest in one line: nobody fills a disk by knocking."""
+
+_CREDENTIALS = struct.Struct("3i")
 
 logger = logging.getLogger("moray.links")
+
+
+@dataclass(slots=True)
+class _Stranger:
+    """A connection whose handshake is in progress.
+
+    Attributes:
+        source: whom it counts for: an address, or a user of this machine.
+        crowded_out: it was dropped to make room.
+    """
+
+    sock: socket.socket
+    source: str
+    crowded_out: bool = False
 
 
 class Acceptor(Generic[T]):
@@ -61,7 +92,9 @@ class Acceptor(Generic[T]):
         self._discard = discard
         self._changed = threading.Condition()
         self._ready: deque[T] = deque()
-        self._in_progress: dict[threading.Thread, socket.socket] = {}
+        self._strangers: dict[threading.Thread, _Stranger] = {}  # in the order in which they came
+        self._peers: dict[threading.Thread, socket.socket] = {}  # authenticated; `establish` has them
+        self._refusals = _Refusals(identity)
         self._closed = False
         listening.setblocking(False)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -81,8 +114,8 @@ class Acceptor(Generic[T]):
                 return
             self._closed = True
             ready, self._ready = self._ready, deque()
-            threads = list(self._in_progress)
-            for sock in self._in_progress.values():
+            threads = [*self._strangers, *self._peers]
+            for sock in [*(stranger.sock for stranger in self._strangers.values()), *self._peers.values()]:
                 shut_down(sock)
             self._changed.notify_all()
         os.eventfd_write(self._wake, 1)
@@ -111,23 +144,47 @@ class Acceptor(Generic[T]):
                     logger.error("cannot accept a connection for %s: %s", self._identity, error)
                     pause.poll(milliseconds(Deadline.after(0.2)))
                     continue
-                self._begin(sock, _describe(remote))
+                self._begin(sock, remote)
 
-    def _begin(self, sock: socket.socket, remote: str) -> None:
+    def _begin(self, sock: socket.socket, remote: object) -> None:
+        source, name = _source(sock, remote)
         with self._changed:
-            if self._closed or len(self._in_progress) >= MAX_HANDSHAKES:
-                if not self._closed:
-                    logger.warning("dropped a connection from %s: %d handshakes in progress", remote, MAX_HANDSHAKES)
-                sock.close()
-                return
-            thread = threading.Thread(
-                target=self._welcome, args=(sock, remote), name=f"moray-handshake-{remote}", daemon=True
-            )
-            self._in_progress[thread] = sock
-        thread.start()
+            refusal = self._start(sock, source, name)
+        if refusal is not None:
+            sock.close()
+            self._refusals.log(f"dropped a connection from {name}: {refusal}")
 
-    def _welcome(self, sock: socket.socket, remote: str) -> None:
+    def _start(self, sock: socket.socket, source: str, name: str) -> str | None:
+        """Begin a handshake, or say why not; the lock is held."""
+        if not self._make_room():
+            return "it is closing" if self._closed else f"{MAX_HANDSHAKES} handshakes in progress"
+        stranger = _Stranger(sock, source)
+        thread = threading.Thread(
+            target=self._welcome, args=(stranger, name), name=f"moray-handshake-{name}", daemon=True
+        )
+        self._strangers[thread] = stranger
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process has no threads left
+            del self._strangers[thread]
+            return str(error)
+        return None
+
+    def _make_room(self) -> bool:
+        """Whether there is room for one more stranger; the lock is held."""
+        if len(self._strangers) >= MAX_HANDSHAKES:
+            counts = Counter(stranger.source for stranger in self._strangers.values())
+            crowd, _ = counts.most_common(1)[0]
+            oldest = next(stranger for stranger in self._strangers.values() if stranger.source == crowd)
+            oldest.crowded_out = True
+            shut_down(oldest.sock)
+            self._refusals.log(f"dropped a connection of {crowd}: {MAX_HANDSHAKES} handshakes in progress")
+            self._changed.wait_for(lambda: self._closed or len(self._strangers) < MAX_HANDSHAKES, timeout=_MAKE_ROOM_S)
+        return not self._closed and len(self._strangers) < MAX_HANDSHAKES
+
+    def _welcome(self, stranger: _Stranger, remote: str) -> None:
         item: T | None = None
+        sock, me = stranger.sock, threading.current_thread()
         try:
             peer = authenticate(
                 sock,
@@ -138,27 +195,57 @@ class Acceptor(Generic[T]):
                 deadline=Deadline.after(HANDSHAKE_TIMEOUT_S),
                 remote=remote,
             )
+            with self._changed:
+                del self._strangers[me]
+                self._peers[me] = sock
+                self._changed.notify_all()
             item = self._establish(sock, peer, Deadline.after(ESTABLISH_TIMEOUT_S))
         except LinkError as error:
-            if not self._closed:
-                logger.warning("%s refused a connection: %s", self._identity, error)
+            if not (self._closed or stranger.crowded_out):
+                self._refusals.log(f"refused a connection: {error}")
         except Exception:  # a thread has nobody to raise to: the log is where a bug must show
             logger.exception("%s could not set up a connection from %s", self._identity, remote)
         finally:
+            if item is None:
+                sock.close()  # before it is counted out, so that there are never more descriptors than are counted
             with self._changed:
-                del self._in_progress[threading.current_thread()]
-                if item is None:
-                    sock.close()
-                elif not self._closed:
+                self._strangers.pop(me, None)
+                self._peers.pop(me, None)
+                if item is not None and not self._closed:
                     self._ready.append(item)
-                    self._changed.notify()
                     item = None
+                self._changed.notify_all()
             if item is not None:
                 self._discard(item)
 
 
-def _describe(remote: object) -> str:
+class _Refusals:
+    """Logs refusals, up to a rate. Any thread."""
+
+    def __init__(self, identity: str) -> None:
+        self._identity = identity
+        self._lock = threading.Lock()
+        self._since = -_LOGGED_PER_S
+        self._count = 0
+
+    def log(self, what: str) -> None:
+        """One line, unless there were too many lately."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._since >= _LOGGED_PER_S:
+                if self._count > _LOGGED:
+                    logger.warning("%s refused %d more connections", self._identity, self._count - _LOGGED)
+                self._since, self._count = now, 0
+            self._count += 1
+            if self._count <= _LOGGED:
+                logger.warning("%s %s", self._identity, what)
+
+
+def _source(sock: socket.socket, remote: object) -> tuple[str, str]:
+    """Whom a connection counts for, and its name in the log."""
     if isinstance(remote, tuple):
         host, port = remote[:2]
-        return f"{host}:{port}"
-    return "a process on this machine"
+        return str(host), f"{host}:{port}"
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(credentials)
+    return f"user {user}", f"a process of user {user} on this machine"

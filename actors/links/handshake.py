@@ -8,7 +8,9 @@
 
 All messages have one fixed size, so there is no length to get wrong; either side may answer REFUSED with a reason
 instead. The two proofs carry different labels and cover both nonces and identities: none can be replayed or reflected.
-This proves who the peer is; it does not encrypt what follows, so links belong on a private network.
+They also cover the acceptor's address, which the initiator dialled: nobody who listens where a process of ours did before
+can pass the messages on to another one. This proves who the peer is; it does not encrypt what follows, so links belong on a
+private network.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from ...configs.errors import ConfigError, HandshakeError, LinkError
+from ...configs.errors import ConfigError, HandshakeError, LinkError, PeerDiedError
 from ..deadline import Deadline
 from .sockets import SocketWaiter, recv_some_into, send_all
 
@@ -181,8 +183,10 @@ class _Talk:
         self._channel = channel
         self._deadline = deadline
         self._remote = remote
+        self._place = b""  # where the acceptor listens, as this end sees it
 
     def initiate(self) -> str:
+        self._place = _place(self._sock, self._remote, dialled=True)
         hello = self._send(_Step.HELLO, nonce=os.urandom(_NONCE_BYTES))
         try:
             challenge = self._receive(_Step.CHALLENGE)
@@ -198,6 +202,7 @@ class _Talk:
         return challenge.identity
 
     def accept(self) -> str:
+        self._place = _place(self._sock, self._remote, dialled=False)
         try:
             hello = self._receive(_Step.HELLO)
             self._check_greeting(hello)
@@ -221,7 +226,9 @@ class _Talk:
         self._remote = f"{message.identity} ({self._remote})" if self._remote else message.identity
 
     def _mac(self, label: bytes, *transcript: bytes) -> bytes:
-        return hmac.digest(self._secret, b"moray handshake " + label + b"".join(transcript), hashlib.sha256)
+        # The messages have a fixed size, so that what is at the end cannot be taken for a part of them.
+        said = b"moray handshake " + label + b"".join(transcript) + self._place
+        return hmac.digest(self._secret, said, hashlib.sha256)
 
     def _send(self, step: _Step, *, nonce: bytes = b"", mac: bytes = b"", refusal: _Refusal = _Refusal.NONE) -> bytes:
         message = _MESSAGE.pack(
@@ -273,6 +280,21 @@ class _Talk:
         if step not in set(_Step):
             raise _RefusedError(_Refusal.PROTOCOL, f"it sent a message of unknown type {step}")
         return _Message(_Step(step), refusal, _text(channel), _text(identity), nonce, mac, raw)
+
+
+def _place(sock: socket.socket, peer: str, *, dialled: bool) -> bytes:
+    """The acceptor's address, the same bytes at both ends; empty for sockets without one, such as a pair's."""
+    try:
+        address = sock.getpeername() if dialled else sock.getsockname()
+    except OSError as error:
+        raise PeerDiedError(peer, f"connection lost ({error.strerror})") from error
+    if isinstance(address, bytes):
+        return address
+    if isinstance(address, str):
+        return address.encode()
+    host, port = address[:2]
+    # A link-local address has the interface's own name on each machine behind it.
+    return f"{host.partition('%')[0]} {port}".encode()
 
 
 def _text(field: bytes) -> str:

@@ -22,6 +22,8 @@ from torch._C._distributed_c10d import Store  # torch.distributed has it too, bu
 
 from ...configs.errors import ConfigError, LinkError, PeerDiedError, PeerTimeoutError
 from ..deadline import Deadline
+from .open_ports import close_ports
+from .rendezvous import ChannelStore
 
 GroupKind = Literal["gloo", "nccl"]
 
@@ -104,12 +106,20 @@ class GlooPair(PairGroup):
     def create(
         cls, store: Store, rank: int, peer: str, device: torch.device, *, host: str, deadline: Deadline
     ) -> GlooPair:
-        """Set up this end, listening on the interface that has the address `host`."""
+        """Set up this end, listening on the address `host` alone, and no longer than until the peer has connected."""
+        assert isinstance(store, ChannelStore), "gloo's port is found by what it tells the peer through the store"
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = _whole_milliseconds(deadline)
         options._threads = 1  # for collectives, which a link has none of
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        return cls(cast(_Backend, dist.ProcessGroupGloo(store, rank, 2, options)), rank, peer, device)
+        group = dist.ProcessGroupGloo(store, rank, 2, options)
+        try:
+            listening = close_ports(store.published)
+        except OSError as error:
+            raise LinkError(peer, f"gloo's listening socket could not be closed ({error.strerror})") from error
+        if not listening:
+            raise LinkError(peer, "gloo's listening socket could not be found, and would stay open to anybody")
+        return cls(cast(_Backend, group), rank, peer, device)
 
     def wait(self, work: dist.Work, *, deadline: Deadline, check: Callable[[], None]) -> None:  # noqa: ARG002
         """See `PairGroup.wait`. gloo cannot be interrupted, nor polled: the wait is one call."""

@@ -8,13 +8,16 @@ one follows its header through the TCP connection instead.
 
 from __future__ import annotations
 
+import hmac
+import os
 import socket
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.distributed as dist
 
-from ...configs.errors import LinkError
+from ...configs.errors import HandshakeError, LinkError
 from ..deadline import Deadline
 from .acceptor import Acceptor
 from .base import FRAMES_IN_FLIGHT, Frame, Link, LinkAddress, Listener
@@ -30,6 +33,8 @@ from .wire import MessageType, Payload, read_payload, write_payload
 CONTROL_BUFFER_BYTES = 256 * 1024
 """Socket buffers of the control channel (the kernel doubles this, and caps it): frames in flight fit without a wait, so
 that a slow peer does not look like a vanished one, whose full window `make_peer_loss_visible` would end."""
+
+_PROBE_BYTES: Final = 32
 
 
 class _Staging:
@@ -174,7 +179,12 @@ def dial_process_group(kind: GroupKind, endpoint: str, *, secret: bytes, identit
 def _establish(
     kind: GroupKind, device: torch.device, sock: socket.socket, peer: str, *, initiator: bool, deadline: Deadline
 ) -> Link:
-    """Set up both groups over the authenticated `sock`, with one byte through each: what works now works later."""
+    """Set up both groups over the authenticated `sock`.
+
+    The groups' own connections are not authenticated. So each end sends random bytes through its group, which it has also
+    told the peer over `sock`: who receives them is the peer, or this end never hears that the peer is ready. What works now
+    works later, too.
+    """
     make_peer_loss_visible(sock)
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, CONTROL_BUFFER_BYTES)
@@ -187,10 +197,17 @@ def _establish(
             store = rendezvous.store(name)
             groups.append(create_pair(kind, store, rank, peer, device, host=control.local_host, deadline=deadline))
         outgoing, incoming = groups if initiator else reversed(groups)
-        for group in groups:
-            probe = torch.zeros(1, dtype=torch.uint8, device=device)
-            work = group.start_send(probe, 0) if group is outgoing else group.start_recv(probe, 0)
-            group.wait(work, deadline=deadline, check=control.check)
+        for name, group in zip(("from-dialler/probe", "to-dialler/probe"), groups, strict=True):
+            if group is outgoing:
+                sent = os.urandom(_PROBE_BYTES)
+                rendezvous.set(name, sent)
+                probe = torch.frombuffer(bytearray(sent), dtype=torch.uint8).to(device)
+                group.wait(group.start_send(probe, 0), deadline=deadline, check=control.check)
+            else:
+                probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8, device=device)
+                group.wait(group.start_recv(probe, 0), deadline=deadline, check=control.check)
+                if not hmac.compare_digest(bytes(probe.tolist()), rendezvous.get(name)):
+                    raise HandshakeError(peer, f"somebody else took its place in the {kind} group")
         rendezvous.finish()
     except BaseException as error:
         for group in groups:

@@ -7,6 +7,7 @@ set up their groups at the same time, so messages on the channel that is there a
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Final
 
 from torch._C._distributed_c10d import Store  # torch.distributed has it too, but does not declare it
 
@@ -15,7 +16,10 @@ from ..deadline import Deadline
 from .control import ControlChannel
 from .wire import MessageType
 
-_SEPARATOR = b"\0"
+_SEPARATOR: Final = b"\0"
+
+_MAX_KEYS: Final = 256
+"""A pair sets a handful. A peer that sets more than this is not well, and must not fill this end's memory."""
 
 
 class Rendezvous:
@@ -30,15 +34,15 @@ class Rendezvous:
         self._peer_ready = False
         self._finished = False
 
-    def store(self, prefix: str) -> Store:
+    def store(self, prefix: str) -> ChannelStore:
         """A store for one process group; both ends name the group alike."""
-        return _ChannelStore(self, prefix)
+        return ChannelStore(self, prefix)
 
     def set(self, key: str, value: bytes) -> None:
         """Make `value` known to both ends."""
         if self._finished:
             raise LinkError(self._control.peer, f"torch set {key!r} after the rendezvous was over")
-        self._values[key] = value
+        self._keep(key, value)
         self._control.send(MessageType.STORE, 0, key.encode() + _SEPARATOR + value, deadline=self.deadline)
 
     def get(self, key: str) -> bytes:
@@ -69,19 +73,31 @@ class Rendezvous:
         key, separator, value = message.header.partition(_SEPARATOR)
         if message.type is not MessageType.STORE or not separator:
             raise LinkError(peer, f"sent a {message.type.name} message during the rendezvous")
-        self._values[key.decode("utf-8", errors="replace")] = value
+        self._keep(key.decode("utf-8", errors="replace"), value)
+
+    def _keep(self, key: str, value: bytes) -> None:
+        if len(self._values) >= _MAX_KEYS:
+            raise LinkError(self._control.peer, f"set more than {_MAX_KEYS} keys during the rendezvous")
+        self._values[key] = value
 
 
-class _ChannelStore(Store):
-    """The part of torch's store interface that a group of two uses."""
+class ChannelStore(Store):
+    """The part of torch's store interface that a group of two uses.
+
+    Attributes:
+        published: every value that this end has set.
+    """
 
     def __init__(self, rendezvous: Rendezvous, prefix: str) -> None:
         super().__init__()
+        self.published: list[bytes] = []
         self._rendezvous = rendezvous
         self._prefix = prefix
 
     def set(self, key: str, value: str | bytes) -> None:
+        """See `Rendezvous.set`."""
         data = value.encode() if isinstance(value, str) else bytes(value)
+        self.published.append(data)
         try:
             self._rendezvous.set(self._prefix + key, data)
         except LinkError as error:
@@ -89,6 +105,7 @@ class _ChannelStore(Store):
             raise
 
     def get(self, key: str) -> bytes:
+        """See `Rendezvous.get`."""
         try:
             return self._rendezvous.get(self._prefix + key)
         except LinkError as error:
@@ -96,9 +113,11 @@ class _ChannelStore(Store):
             raise
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # noqa: ARG002
+        """Wait until every key is known."""
         # The timeout is the group's default; the rendezvous has a deadline of its own, which is the one that counts.
         for key in keys:
             self.get(key)
 
     def check(self, keys: list[str]) -> bool:
+        """Whether every key is known already."""
         return all(self._rendezvous.has(self._prefix + key) for key in keys)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Final
 
+from ...actors.placement_table import is_cold
 from ...configs.errors import ClusterError
 from ..changes import Wanted
 from ..run_state import ProcessId
@@ -182,7 +183,14 @@ class FullMemory(_Asked):
 
 
 class _Change(Fault):
-    """Changes to another state and back."""
+    """Changes to another state and back; the cold tier stays what it is."""
+
+    def _hosts(self) -> int:
+        """Expert hosts there should be, without those of the cold tier."""
+        return self.home["expert_host"] - len(self._serving(cold=True))
+
+    def _serving(self, *, cold: bool) -> list[Process]:
+        return [host for host in self.target.view().of_role("expert_host") if is_cold(host.id) is cold]
 
     def _there_and_back(self, there: Wanted, back: Wanted) -> str:
         try:
@@ -203,7 +211,7 @@ class ScaleExperts(_Change):
 
     def inject(self) -> str:
         """See `Fault.inject`."""
-        hosts = self.home["expert_host"]
+        hosts = self._hosts()
         return self._there_and_back(Wanted(experts=hosts + 1 + self.event.seed % 2), Wanted(experts=hosts))
 
 
@@ -236,10 +244,10 @@ class DrainHost(_Change):
 
     def inject(self) -> str:
         """See `Fault.inject`."""
-        hosts = self.target.view().of_role("expert_host")
+        hosts = self._serving(cold=False)
         chosen = hosts[self.event.victim % len(hosts)]
         self.subject = chosen.id
-        count = self.home["expert_host"]
+        count = self._hosts()
         more = Wanted(experts=count + 1)
         try:
             self.target.change_until_done(more, timeout_s=_ROOM_S)
@@ -259,7 +267,7 @@ class DiskError(_Change):
 
     def inject(self) -> str:
         """See `Fault.inject`."""
-        hosts = self.home["expert_host"]
+        hosts = self._hosts()
         watch = _DiskWatch(self.target, self.event)
         watch.start()
         try:

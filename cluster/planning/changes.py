@@ -78,6 +78,10 @@ def _settings(deployment: Deployment) -> Iterator[tuple[str, Deployment]]:
         yield "experts.spare_slots: 0", _with(deployment, "experts", spare_slots=0)
     if experts.min_replicas > 1:
         yield "experts.min_replicas: 1", _with(deployment, "experts", min_replicas=1)
+    if experts.cold.hosts and experts.cold.dtype == "auto":
+        yield "experts.cold.dtype: bfloat16", _with_cold(deployment, dtype="bfloat16")
+    if experts.cold.hosts and experts.cold.fp8 != "keep":
+        yield "experts.cold.fp8: keep", _with_cold(deployment, fp8="keep")
     if routers.replicas > 1:
         yield "routers.replicas: 1", _with(deployment, "routers", replicas=1)
 
@@ -85,6 +89,10 @@ def _settings(deployment: Deployment) -> Iterator[tuple[str, Deployment]]:
 def _with(deployment: Deployment, section: str, **changes: Any) -> Deployment:
     changed = getattr(deployment, section).model_copy(update=changes)
     return deployment.model_copy(update={section: changed})
+
+
+def _with_cold(deployment: Deployment, **changes: Any) -> Deployment:
+    return _with(deployment, "experts", cold=deployment.experts.cold.model_copy(update=changes))
 
 
 def _more_gpus(groups: Sequence[NodeGroup], fits: Callable[..., bool]) -> Iterator[Change]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...configs.deployment import EMBEDDED_MODEL, Deployment
 from ...configs.errors import CheckpointError, ConfigError
-from ..argument_types import above_zero, at_least_one
+from ..argument_types import above_zero, at_least_one, zero_or_more
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
@@ -43,6 +43,19 @@ def add_plan(commands: Any) -> None:
     )
     plan.add_argument(
         "--experts", type=at_least_one, metavar="N", help="expert hosts (default: a GPU each, all that are left)"
+    )
+    plan.add_argument(
+        "--cold", type=at_least_one, metavar="N", help="expert hosts of the cold tier, on nodes without GPUs"
+    )
+    plan.add_argument(
+        "--cold-slots", type=at_least_one, metavar="N", help="experts of each layer that each of them holds"
+    )
+    plan.add_argument(
+        "--skew",
+        type=zero_or_more,
+        default=0.0,
+        metavar="S",
+        help="the n-th expert of a layer is asked for as n ** -S, as was measured before (default 0: equally popular)",
     )
     plan.add_argument("--routers", type=at_least_one, metavar="N", help="routers")
     plan.add_argument("--min-replicas", type=at_least_one, metavar="N", help="copies of each expert")
@@ -85,6 +98,7 @@ def _plan(options: argparse.Namespace) -> int:
         context=options.context,
         cache_tokens=options.cache_tokens,
         batches=options.batches or DEFAULT_BATCHES,
+        skew=options.skew,
     )
     if options.picture is not None:
         try:
@@ -103,16 +117,19 @@ _WIDTH = 200
 
 
 def read_model(model: str) -> tuple[str, ModelConfig]:
-    """Name and architecture of a model given as a config.json, a directory with one, or the embedded one's name.
+    """Name and architecture of a model given as a config.json, a directory with one, a URL, or the embedded one's name.
 
     Raises:
         ConfigError, CheckpointError: there is none, or it is of a model that cannot be served.
     """
     import json
 
+    from ...configs.model_url import ModelUrl, is_model_url
     from ...model.config import ModelConfig
     from ..assembly import checkpoint_path
 
+    if is_model_url(model):
+        return ModelUrl.parse(model).name, ModelConfig.load(checkpoint_path(model, parts="metadata"))
     path = Path(model).expanduser()
     if not path.is_file():
         return Path(model).absolute().name, ModelConfig.load(checkpoint_path(model))
@@ -153,4 +170,7 @@ def _deployment(options: argparse.Namespace) -> Deployment:
     for (section, key), value in given.items():
         if value is not None:
             raw.setdefault(section, {})[key] = value
+    for key, value in (("hosts", options.cold), ("slots", options.cold_slots)):
+        if value is not None:
+            raw.setdefault("experts", {}).setdefault("cold", {})[key] = value
     return Deployment.from_dict(raw, source="moray plan")

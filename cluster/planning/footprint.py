@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import torch
+
 from ...actors.links.base import FRAMES_IN_FLIGHT
 from ...actors.links.receive_buffers import size_class
 from ...actors.links.shm_memory import SLOTS, slot_bytes_for
@@ -90,14 +92,20 @@ def expert_host(
     slots: int,
     hosts: int,
     routers: Collection[Device],
+    frames: torch.dtype,
 ) -> Process:
-    """An expert host with `slots` experts, one of `hosts`, linked to the routers on these devices."""
+    """An expert host with `slots` experts, one of `hosts`, linked to the routers on these devices.
+
+    Args:
+        sizes: of the model where this host computes.
+        frames: dtype of what routers send, and get back.
+    """
     weights = sizes.expert * slots
     process = Process(name, "expert_host", device.node.name, sizes.disk_expert.total * slots, slots)
     config, dtype = sizes.config, sizes.compute.dtype
     tokens, pairs = _largest_share(config, deployment, hosts)
-    request = work_frame(tokens, pairs, config.hidden_size, dtype).payload
-    reply = done_frame(pairs, config.hidden_size, dtype).payload
+    request = work_frame(tokens, pairs, config.hidden_size, frames).payload
+    reply = done_frame(pairs, config.hidden_size, frames).payload
     on_device, on_node = _buffers(device, routers, sent=reply, received=request)
     middle = 2 * config.moe_intermediate_size + config.moe_intermediate_size
     process.memory = {
@@ -175,6 +183,10 @@ def _buffers(device: Device, others: Collection[Device], *, sent: int, received:
     for other in others:
         if other.node.name == device.node.name:
             on_node += SLOTS * slot_bytes_for(sent)  # the sender's arena; the receiver maps it
+            continue
+        own = FRAMES_IN_FLIGHT * size_class(sent) + (FRAMES_IN_FLIGHT + 1) * size_class(received)
+        if device.node.group.gpus and not other.node.group.gpus:
+            on_node += own  # gloo, to a cold host: frames are staged in the node's memory
         else:
-            on_device += FRAMES_IN_FLIGHT * size_class(sent) + (FRAMES_IN_FLIGHT + 1) * size_class(received)
+            on_device += own
     return on_device, on_node

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from ...actors.placement_table import EMPTY, PlacementTable
+from ...actors.placement_table import EMPTY, PlacementTable, is_cold
 from ...configs.deployment import Deployment
 from ...configs.errors import ConfigError
-from ...model.config import ModelConfig
-from ..assembly import host_name, router_name
-from ..placement import plan_next
+from ..assembly import cold_name, host_compute, host_name, router_name
+from ..placement import host_slots, plan_next
+from ..replica_counts import Floats
 from . import assumptions
 from .footprint import KV_PAGES, SERVICES, Device, Process, expert_host, router
 from .nodes import GIB, NodeGroup, nodes_of
-from .sizes import ModelSizes
+from .sizes import ModelSizes, model_sizes
 
 _SHARE = 1e-6  # of a GPU: what fractions may be off by
 
@@ -29,6 +27,7 @@ class Layout:
         devices: all that could hold something, in the order of nodes.
         routers, hosts: process id -> its device.
         table: where every expert goes; None where there is no device for experts at all.
+        cold_sizes: of the model where cold hosts compute.
         cache_tokens: KV positions of each router.
         problems: why it does not fit; empty if it does.
         shortages: what of the copies asked for cannot be had, though everything fits: an expert's copies on one node.
@@ -38,6 +37,7 @@ class Layout:
     routers: dict[str, Device]
     hosts: dict[str, Device]
     table: PlacementTable | None
+    cold_sizes: ModelSizes
     cache_tokens: int
     problems: list[str]
     shortages: tuple[str, ...] = ()
@@ -57,55 +57,74 @@ def lay_out(
     max_context: int,
     cache_tokens: int | None,
     table: bool = True,
+    load: Floats | None = None,
 ) -> Layout:
     """Place the processes: routers one a node in turn, then a host on every GPU that is left (or, without GPUs, on every node).
+    The hosts of the cold tier go to the nodes without GPUs.
 
     Args:
         sizes: of the model.
-        groups: the nodes. Where some have GPUs, the others hold no weights.
-        deployment: shares of GPUs, numbers of routers and replicas, pages and budgets.
-        hosts: how many expert hosts; None for as many as there is room for.
+        groups: the nodes. Where some have GPUs, the others hold what cold hosts do, and no other weights.
+        deployment: shares of GPUs, numbers of routers and replicas, the cold tier, pages and budgets.
+        hosts: how many expert hosts beside the cold tier; None for as many as there is room for.
         max_context: longest prompt plus answer; a router must have KV pages for one such.
         cache_tokens: KV positions of each router; None for all that its memory leaves.
         table: plan the placement to the last slot; else only how many slots each host has, which is quicker.
+        load: [L, E] how much is asked of each expert; None for equally much.
 
     Raises:
         ConfigError: there are more hosts than experts, or fewer than replicas.
     """
-    config = sizes.config
-    devices = _devices(groups)
-    on_gpu = any(group.gpus for group in groups)
+    config, gpus = sizes.config, sum(group.count * group.gpus for group in groups)
+    cold_sizes = model_sizes(config, host_compute(deployment, cold_name(0), gpus=gpus))
+    devices = _devices(groups, cold=deployment.experts.cold.hosts > 0)
+    usual = [device for device in devices if device.node.group.gpus] or devices
     problems: list[str] = []
-    routers = _seat_routers(devices, deployment, problems)
-    seats = _seats_for_hosts(devices, deployment, hosts, on_gpu=on_gpu)
+    routers = _seat_routers(usual, deployment, problems)
+    seats = _seats_for_hosts(usual, deployment, hosts, on_gpu=gpus > 0)
+    cold_seats = _seats_for_cold_hosts(devices, deployment, problems)
     if hosts is not None and hosts > len(seats):
         problems.append(f"{hosts} expert hosts are asked for, and there is room for {len(seats)}")
     if hosts is None or hosts <= len(seats):
-        seats = seats[: min(len(seats) if hosts is None else hosts, config.n_routed_experts)]
-    layout = Layout(devices, routers, {}, None, 0, problems)
+        most = config.n_routed_experts - len(cold_seats)
+        seats = seats[: min(len(seats), most) if hosts is None else hosts]
+    layout = Layout(devices, routers, {}, None, cold_sizes, 0, problems)
     if not seats:
         problems.append(
-            f"no GPU is left for experts: {len(devices)} GPUs, {len(routers)} routers of {deployment.routers.gpus:g} each, "
+            f"no GPU is left for experts: {len(usual)} GPUs, {len(routers)} routers of {deployment.routers.gpus:g} each, "
             f"hosts of {deployment.experts.gpus:g}; give more GPUs, or let processes share one (routers.gpus, experts.gpus)"
         )
-    elif len(seats) < deployment.experts.min_replicas:
+        cold_seats = []
+    elif len(seats) + len(cold_seats) < deployment.experts.min_replicas:
         problems.append(
             f"{deployment.experts.min_replicas} replicas on distinct hosts are asked for, and there is room for "
-            f"{len(seats)} hosts"
+            f"{len(seats) + len(cold_seats)} hosts"
         )
-        seats = []
+        seats, cold_seats = [], []
     layout.hosts = {host_name(index): device for index, device in enumerate(seats)}
-    slots = _slots(layout, config, deployment, whole_table=table)
+    layout.hosts |= {cold_name(index): device for index, device in enumerate(cold_seats)}
+    slots = _slots(layout, sizes, deployment, whole_table=table, load=load)
     seated = list(routers.values())
     for name, device in layout.hosts.items():
         device.processes.append(
-            expert_host(name, device, sizes, deployment, slots=slots[name], hosts=len(seats), routers=seated)
+            expert_host(
+                name,
+                device,
+                cold_sizes if is_cold(name) else sizes,
+                deployment,
+                slots=slots[name],
+                hosts=len(layout.hosts),
+                routers=seated,
+                frames=sizes.compute.dtype,
+            )
         )
     positions = deployment.max_context or min(
         config.max_position_embeddings, cache_tokens or config.max_position_embeddings
     )
     for name, device in routers.items():
-        device.processes.append(router(name, device, sizes, deployment, positions=positions, hosts=seats))
+        device.processes.append(
+            router(name, device, sizes, deployment, positions=positions, hosts=layout.hosts.values())
+        )
     problems += _overfull(devices)
     _add_pages(layout, sizes, deployment, max_context=max_context, cache_tokens=cache_tokens)
     return layout
@@ -130,7 +149,8 @@ def _overfull(devices: Sequence[Device]) -> list[str]:
         assert capacity is not None
         who = f"{len(found)} devices with {roles} each" if len(found) > 1 else f"{worst.name} with {roles}"
         lines.append(f"{who}: up to {_of(worst.used, capacity, worst.margin)}")
-    known = [(device, device.capacity) for device in devices if device.capacity is not None]
+    full = {bool(device.node.group.gpus) for found in alike.values() for device in found}
+    known = [(d, d.capacity) for d in devices if d.capacity is not None and bool(d.node.group.gpus) in full]
     used, capacity = sum(device.used for device, _ in known), sum(size for _, size in known)
     margin = sum(device.margin for device, _ in known)
     if lines and used > capacity - margin:
@@ -138,7 +158,8 @@ def _overfull(devices: Sequence[Device]) -> list[str]:
     return lines
 
 
-def _devices(groups: Sequence[NodeGroup]) -> list[Device]:
+def _devices(groups: Sequence[NodeGroup], *, cold: bool) -> list[Device]:
+    """Every GPU, and every node without any where there are no GPUs, or `cold` hosts are to be somewhere."""
     margin = assumptions.MEMORY_MARGIN.value
     nodes = nodes_of(groups)
     with_gpus = [node for node in nodes if node.group.gpus]
@@ -149,10 +170,12 @@ def _devices(groups: Sequence[NodeGroup]) -> list[Device]:
         for index in range(node.group.gpus):
             capacity = gpu.memory_bytes
             found.append(Device(f"{node.name} {gpu.name} {index}", node, index, capacity, int(capacity * margin)))
-    if with_gpus:
+    if with_gpus and not cold:
         return found
     services = {SERVICES: int(assumptions.NODE_SERVICES.value)}
     for node in nodes:
+        if node.group.gpus:
+            continue
         memory = node.group.memory_bytes
         found.append(Device(node.name, node, 0, memory, int((memory or 0) * margin), fixed=dict(services)))
     return found
@@ -193,20 +216,36 @@ def _seats_for_hosts(
     return [device for device in devices for _ in range(int((device.free + _SHARE) / share))]
 
 
-def _slots(layout: Layout, config: ModelConfig, deployment: Deployment, *, whole_table: bool) -> Mapping[str, int]:
+def _seats_for_cold_hosts(devices: Sequence[Device], deployment: Deployment, problems: list[str]) -> list[Device]:
+    wanted = deployment.experts.cold.hosts
+    able = [device for device in devices if not device.node.group.gpus]
+    if wanted and not able:
+        problems.append(
+            f"{wanted} cold hosts are asked for, and every node has GPUs: add some without, as in 2xcpu:512"
+        )
+        return []
+    return [able[index % len(able)] for index in range(wanted)]
+
+
+def _slots(
+    layout: Layout, sizes: ModelSizes, deployment: Deployment, *, whole_table: bool, load: Floats | None
+) -> Mapping[str, int]:
     """Experts each host holds, all layers together."""
-    hosts, section = list(layout.hosts), deployment.experts
+    config, hosts, section = sizes.config, list(layout.hosts), deployment.experts
     if not hosts:
         return {}
     if not whole_table:
-        # As `plan_next` shares them out: in each layer those that are next in turn have one more.
-        share, larger = divmod(config.n_routed_experts * section.min_replicas, len(hosts))
-        host, layer = np.ogrid[: len(hosts), : len(config.moe_layers)]
-        held = share + ((host + layer * larger) % len(hosts) < larger) + section.spare_slots
-        totals = np.minimum(held, config.n_routed_experts).sum(axis=1)
-        return dict(zip(hosts, totals.tolist(), strict=True))
-    nodes = {name: device.node.name for name, device in layout.hosts.items()}
-    placed = plan_next(config, hosts, min_replicas=section.min_replicas, spare_slots=section.spare_slots, nodes=nodes)
+        own = host_slots(config, hosts, section.min_replicas, section.spare_slots, section.cold.slots, {})
+        return {host: sum(slots) for host, slots in own.items()}
+    placed = plan_next(
+        config,
+        hosts,
+        min_replicas=section.min_replicas,
+        spare_slots=section.spare_slots,
+        cold_slots=section.cold.slots,
+        load=load,
+        nodes={name: device.node.name for name, device in layout.hosts.items()},
+    )
     layout.table, layout.shortages = placed.table, tuple(map(str, placed.shortages))
     return {
         host: sum(expert != EMPTY for layer in held for expert in layer) for host, held in layout.table.slots.items()

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...actors.placement_table import EMPTY
+import numpy as np
+
+from ...actors.placement_table import EMPTY, is_cold
 from ...configs.deployment import Deployment
 from ...configs.errors import ConfigError
 from ...model.config import ModelConfig
 from ..assembly import compute
+from ..cold_tier import cold_shares
+from ..replica_counts import Floats
+from ..synthetic_load import zipf_load
 from . import assumptions
 from .changes import Change, smallest_changes
 from .layout import Layout, lay_out, node_memory, node_problems
@@ -29,8 +34,12 @@ class PlacementSummary:
     """Where the experts are, in numbers.
 
     Attributes:
-        hosts: how many there are.
-        slots_per_layer: fewest and most slots that a host has in a layer.
+        hosts: how many there are beside the cold tier.
+        slots_per_layer: fewest and most slots that one of these has in a layer.
+        cold_hosts: how many the cold tier has.
+        cold_slots: slots of each of those and layer.
+        cold_share: share of the popularity of those experts that cold hosts alone hold. As a token's experts are distinct,
+            cold hosts compute somewhat more than that where popularity is skewed.
         replicas: fewest and most copies that an expert has.
         nodes_per_expert: fewest and most nodes that an expert is on.
         examples: host -> the experts it holds in the first MoE layer, of the first and the last host.
@@ -38,6 +47,9 @@ class PlacementSummary:
 
     hosts: int
     slots_per_layer: tuple[int, int]
+    cold_hosts: int
+    cold_slots: int
+    cold_share: float
     replicas: tuple[int, int]
     nodes_per_expert: tuple[int, int]
     examples: dict[str, tuple[int, ...]]
@@ -53,6 +65,7 @@ class Plan:
         groups: the nodes.
         deployment: the settings.
         context: tokens of one request.
+        skew: of the experts' popularity: the n-th of a layer is asked for as n ** -skew.
         layout: which process is where, with what memory.
         problems: why it does not fit; empty if it does.
         changes: what would make it fit, the smallest first.
@@ -68,6 +81,7 @@ class Plan:
     groups: tuple[NodeGroup, ...]
     deployment: Deployment
     context: int
+    skew: float
     layout: Layout
     problems: tuple[str, ...]
     changes: tuple[Change, ...]
@@ -102,6 +116,7 @@ def make_plan(
     context: int | None = None,
     cache_tokens: int | None = None,
     batches: Sequence[int] = DEFAULT_BATCHES,
+    skew: float = 0.0,
 ) -> Plan:
     """Plan the deployment of a model on nodes.
 
@@ -115,6 +130,7 @@ def make_plan(
             deployment's or the model's own limit if that is less.
         cache_tokens: KV positions of each router; None for all that its memory leaves.
         batches: requests at once, in all, for each of which a step is computed.
+        skew: of the experts' popularity, which is taken to be measured: the n-th of a layer is asked for as n ** -skew.
 
     Raises:
         ConfigError: the settings contradict the model, or each other.
@@ -126,7 +142,8 @@ def make_plan(
     if not config.moe_layers:
         raise ConfigError(f"{model}: has no layer with routed experts, so there is nothing to spread")
     sizes = model_sizes(config, compute(deployment, gpus=sum(group.count * group.gpus for group in groups)))
-    layout = lay_out(sizes, groups, deployment, hosts=hosts, max_context=context, cache_tokens=cache_tokens)
+    load = zipf_load(len(config.moe_layers), config.n_routed_experts, exponent=skew) if skew else None
+    layout = lay_out(sizes, groups, deployment, hosts=hosts, max_context=context, cache_tokens=cache_tokens, load=load)
     problems = (*layout.problems, *node_problems(layout))
     prices = [None if group.price is None else group.price * group.count for group in groups]
     price = None if None in prices else sum(price for price in prices if price is not None)
@@ -135,7 +152,7 @@ def make_plan(
     if problems:
         changes = smallest_changes(sizes, groups, deployment, max_context=context, cache_tokens=cache_tokens)
     else:
-        costs = StepCosts(sizes, layout, deployment, price_per_hour=price)
+        costs = StepCosts(sizes, layout, deployment, price_per_hour=price, load=load)
         steps = tuple(costs.step(batch, context) for batch in sorted(set(batches)))
     return Plan(
         model=model,
@@ -144,20 +161,24 @@ def make_plan(
         groups=tuple(groups),
         deployment=deployment,
         context=context,
+        skew=skew,
         layout=layout,
         problems=problems,
         changes=tuple(changes),
-        placement=None if layout.table is None else _summary(layout),
+        placement=None if layout.table is None else _summary(layout, load),
         steps=steps,
         load_s=load_seconds(layout),
         price_per_hour=price,
     )
 
 
-def _summary(layout: Layout) -> PlacementSummary:
+def _summary(layout: Layout, load: Floats | None) -> PlacementSummary:
     table = layout.table
     assert table is not None
-    per_layer = [sum(e != EMPTY for e in layer) for layers in table.slots.values() for layer in layers]
+    filled = {host: [sum(e != EMPTY for e in layer) for layer in layers] for host, layers in table.slots.items()}
+    per_layer = [count for host, counts in filled.items() if not is_cold(host) for count in counts]
+    cold = [max(counts) for host, counts in filled.items() if is_cold(host)]
+    equal = np.ones((table.layers, table.experts))
     where: dict[tuple[int, int], list[str]] = {}
     for host, layers in table.slots.items():
         for index, held in enumerate(layers):
@@ -167,8 +188,11 @@ def _summary(layout: Layout) -> PlacementSummary:
     copies, nodes = [len(found) for found in where.values()], [len(set(found)) for found in where.values()]
     names = list(table.slots)
     return PlacementSummary(
-        hosts=len(names),
+        hosts=len(names) - len(cold),
         slots_per_layer=(min(per_layer), max(per_layer)),
+        cold_hosts=len(cold),
+        cold_slots=max(cold, default=0),
+        cold_share=cold_shares(equal if load is None else load, table)[0],
         replicas=(min(copies), max(copies)),
         nodes_per_expert=(min(nodes), max(nodes)),
         examples={name: tuple(table.slots[name][0]) for name in dict.fromkeys((names[0], names[-1]))},
@@ -204,6 +228,7 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         ],
         "node_memory": node_memory(layout),
         "context": plan.context,
+        "skew": plan.skew,
         "cache_tokens_per_router": layout.cache_tokens,
         "requests_at_once": plan.requests_at_once,
         "placement": None if plan.placement is None else asdict(plan.placement),

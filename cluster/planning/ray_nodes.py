@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...configs.errors import ClusterError, ConfigError
+from .. import private_ray
 from .gpu_kinds import gpu_kind
 from .nodes import GIB, NodeGroup
 
@@ -57,6 +58,7 @@ def read_cluster(address: str) -> tuple[NodeGroup, ...]:
     Raises:
         ClusterError: Ray is not there.
     """
+    private_ray.use_token_for(address)
     import ray
 
     try:

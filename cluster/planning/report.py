@@ -27,7 +27,7 @@ def show(plan: Plan, console: Console) -> None:
     if plan.fits:
         _room(plan, console)
         _steps(plan, console)
-    _assumed(console)
+    _assumed(plan, console)
 
 
 def _verdict(plan: Plan, console: Console) -> None:
@@ -124,6 +124,13 @@ def _room(plan: Plan, console: Console) -> None:
         f"{placement.hosts} hosts with {_range(low, high)} slots a layer, {_range(*copies)} "
         f"cop{'y' if copies == (1, 1) else 'ies'} of each expert on {_range(*placement.nodes_per_expert)} node(s)",
     )
+    if placement.cold_hosts:
+        popular = f"popular as n ** -{plan.skew:g}" if plan.skew else "equally popular, the worst case: see --skew"
+        table.add_row(
+            "cold tier",
+            f"{placement.cold_hosts} hosts with {placement.cold_slots} slots a layer, for {placement.cold_share:.1%} of what "
+            f"experts are asked for, with experts {popular}",
+        )
     for host, held in placement.examples.items():
         shown = ", ".join(str(expert) for expert in held[:12]) + (", ..." if len(held) > 12 else "")
         table.add_row("", f"{host}, layer {plan.config.first_k_dense_replace}: {shown}")
@@ -168,12 +175,18 @@ def _steps(plan: Plan, console: Console) -> None:
             console.print(f"* {step.batch} requests: {', '.join(step.notes)}", soft_wrap=True, markup=False)
 
 
-def _assumed(console: Console) -> None:
+def _assumed(plan: Plan, console: Console) -> None:
     table = Table(title="taken for granted", title_justify="left")
     for name in ("what", "value", "source"):
         table.add_column(name, justify="right" if name == "value" else "left")
     for entry in ALL:
-        table.add_row(entry.name, "" if entry is ROUTING else _value(entry), entry.source)
+        if entry is ROUTING:
+            by_rank = (
+                f"the n-th expert of a layer in proportion to n ** -{plan.skew:g}, which the placement was made for"
+            )
+            table.add_row(entry.name, "", by_rank if plan.skew else entry.source)
+        else:
+            table.add_row(entry.name, _value(entry), entry.source)
     console.print(table)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ...actors.placement_table import is_cold
 from ...configs.deployment import Deployment
+from ..replica_counts import Floats
 from . import assumptions
 from .footprint import Device
 from .layout import Layout
@@ -25,6 +27,8 @@ ROUTER_MEMORY = "memory bandwidth of the router"
 ROUTER_FLOPS = "arithmetic of the router"
 HOST_MEMORY = "memory bandwidth of the expert hosts"
 HOST_FLOPS = "arithmetic of the expert hosts"
+COLD_MEMORY = "memory bandwidth of the cold hosts"
+COLD_FLOPS = "arithmetic of the cold hosts"
 NETWORK = "network"
 COPIES = "copies through a node's memory"
 LATENCY = "latency of the links"
@@ -96,14 +100,22 @@ class StepCosts:
     Args:
         sizes, layout, deployment: what is planned.
         price_per_hour: of all nodes together.
+        load: [L, E] how much is asked of each expert; None for equally much.
     """
 
     def __init__(
-        self, sizes: ModelSizes, layout: Layout, deployment: Deployment, *, price_per_hour: float | None
+        self,
+        sizes: ModelSizes,
+        layout: Layout,
+        deployment: Deployment,
+        *,
+        price_per_hour: float | None,
+        load: Floats | None = None,
     ) -> None:
         assert layout.table is not None, "where nothing is placed there are no steps"
         self._sizes, self._config, self._layout, self._deployment = sizes, sizes.config, layout, deployment
         self._price = price_per_hour
+        self._load = load
         self._router = next(iter(layout.routers.values()))
         self._traffic = LayerTraffic(layout.table, hidden_size=self._config.hidden_size, dtype=sizes.compute.dtype)
         self._routers_on_node = sum(device.node.name == self._router.node.name for device in layout.routers.values())
@@ -195,12 +207,14 @@ class StepCosts:
         sent = received = away = busy = read = 0.0
         for sample in range(_SAMPLES):
             layer = layers[sample * len(layers) // _SAMPLES]
-            shares = self._traffic.shares(layer, random_experts(config, tokens, seed=1000 * tokens + sample))
+            wanted = None if self._load is None else self._load[layer - layers[0]]
+            chosen = random_experts(config, tokens, seed=1000 * tokens + sample, popularity=wanted)
+            shares = self._traffic.shares(layer, chosen)
             spans = self._one_layer(shares, shared)
             for span in spans:
                 sums[span.phase, span.resource] = sums.get((span.phase, span.resource), 0.0) + span.seconds
-            busy += max(self._host_span(self._layout.hosts[name], share).seconds for name, share in shares.items())
-            read += max(share.experts for share in shares.values()) * self._sizes.expert.total
+            busy += max(self._host_span(name, share).seconds for name, share in shares.items())
+            read += max(share.experts * self._sizes_of(name).expert.total for name, share in shares.items())
             sent += sum(share.dispatch.total for share in shares.values())
             received += sum(share.combine.total for share in shares.values())
             away += sum(
@@ -220,7 +234,7 @@ class StepCosts:
     def _one_layer(self, shares: Mapping[str, HostShare], shared: Span) -> list[Span]:
         out = self._transfer("dispatch", {name: share.dispatch.total for name, share in shares.items()})
         experts = max(
-            (self._host_span(self._layout.hosts[name], share) for name, share in shares.items()),
+            (self._host_span(name, share) for name, share in shares.items()),
             key=lambda span: span.seconds,
         )
         back = self._transfer("combine", {name: share.combine.total for name, share in shares.items()})
@@ -230,13 +244,14 @@ class StepCosts:
             spans.append(Span("shared experts", shared.resource, longer))
         return spans
 
-    def _host_span(self, device: Device, share: HostShare) -> Span:
-        flops = 2.0 * share.pairs * self._sizes.expert_parameters
+    def _host_span(self, host: str, share: HostShare) -> Span:
+        device, sizes = self._layout.hosts[host], self._sizes_of(host)
+        flops = 2.0 * share.pairs * sizes.expert_parameters
         return _slowest(
             "experts",
             {
-                HOST_MEMORY: share.experts * self._sizes.expert.total / _bandwidth(device),
-                HOST_FLOPS: flops / self._rate(device),
+                COLD_MEMORY if is_cold(host) else HOST_MEMORY: share.experts * sizes.expert.total / _bandwidth(device),
+                COLD_FLOPS if is_cold(host) else HOST_FLOPS: flops / self._rate(device),
                 STARTING: assumptions.HOST_OPERATIONS.value * assumptions.OPERATION.value,
             },
         )
@@ -257,6 +272,9 @@ class StepCosts:
             theirs = max(count * len(self._layout.routers) / network_rate(group) for group, count in groups.values())
             candidates[NETWORK] = max(own, theirs)
         return [Span(phase, LATENCY, latency), _slowest(phase, candidates)]
+
+    def _sizes_of(self, host: str) -> ModelSizes:
+        return self._layout.cold_sizes if is_cold(host) else self._sizes
 
     def _is_remote(self, host: str) -> bool:
         return self._layout.hosts[host].node.name != self._router.node.name
@@ -301,16 +319,22 @@ def load_seconds(layout: Layout) -> float:
     return assumptions.START.value + max(by_node.values(), default=0.0)
 
 
+def memory_peak(group: NodeGroup) -> float:
+    """Bytes a second that a GPU of these nodes, or a node without any, can read at most."""
+    return group.gpu.bandwidth if group.gpu else group.memory_bandwidth or assumptions.CPU_MEMORY_BANDWIDTH.value
+
+
+def arithmetic_peak(group: NodeGroup, arithmetic: str) -> float:
+    """Operations a second that a GPU of these nodes, or a node without any, can do at most; see `GpuKind.peak`."""
+    return group.gpu.peak(arithmetic) if group.gpu else group.cpu_flops or assumptions.CPU_FLOPS.value
+
+
 def _bandwidth(device: Device) -> float:
-    group = device.node.group
-    peak = group.gpu.bandwidth if group.gpu else group.memory_bandwidth or assumptions.CPU_MEMORY_BANDWIDTH.value
-    return peak * assumptions.MEMORY_EFFICIENCY.value
+    return memory_peak(device.node.group) * assumptions.MEMORY_EFFICIENCY.value
 
 
 def _flops(device: Device, arithmetic: str) -> float:
-    group = device.node.group
-    peak = group.gpu.peak(arithmetic) if group.gpu else group.cpu_flops or assumptions.CPU_FLOPS.value
-    return peak * assumptions.FLOPS_EFFICIENCY.value
+    return arithmetic_peak(device.node.group, arithmetic) * assumptions.FLOPS_EFFICIENCY.value
 
 
 def _slowest(phase: str, candidates: Mapping[str, float]) -> Span:

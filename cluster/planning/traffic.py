@@ -20,6 +20,7 @@ from ...actors.placement_table import PlacementTable
 from ...actors.replica_choice import choose_replicas
 from ...actors.routes import YES, Routes
 from ...model.config import ModelConfig
+from ..replica_counts import Floats
 
 _META = torch.device("meta")
 
@@ -110,9 +111,21 @@ class LayerTraffic:
         return found
 
 
-def random_experts(config: ModelConfig, tokens: int, *, seed: int) -> npt.NDArray[np.int64]:
-    """Experts [T, K] that a gate without favourites would choose: the best of random scores, in the groups it keeps."""
-    scores = np.random.default_rng(seed).random((tokens, config.n_routed_experts))
+def random_experts(
+    config: ModelConfig, tokens: int, *, seed: int, popularity: Floats | None = None
+) -> npt.NDArray[np.int64]:
+    """Experts [T, K] that a gate would choose whose scores are random: the best of them, in the groups it keeps.
+
+    Args:
+        popularity: [E], above 0: with it a choice falls on an expert in proportion to this, as the largest of logarithms with
+            Gumbel noise does (E. Gumbel, 1954); without, the gate has no favourites.
+    """
+    generator, shape = np.random.default_rng(seed), (tokens, config.n_routed_experts)
+    if popularity is None:
+        scores = generator.random(shape)
+    else:
+        noisy = np.log(popularity) + generator.gumbel(size=shape)
+        scores = np.exp(noisy - noisy.max())  # above 0, as below; the order is the same
     if config.n_group > 1:
         grouped = scores.reshape(tokens, config.n_group, -1)
         # Grouped gates score a group by its best two, or by its best one; it makes no difference to what random scores give.

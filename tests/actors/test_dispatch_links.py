@@ -108,6 +108,14 @@ def test_a_router_begins_with_the_hosts_that_are_there(
         of(there=there, other=listeners("other", b"quite another secret").address).dial_those_there()
 
 
+def test_another_host_at_the_address_is_not_taken_for_the_one_that_was_there(
+    listeners: Callable[..., Listener],
+) -> None:
+    """It would compute what it is asked for, with other experts in the same slots."""
+    with pytest.raises(HandshakeError, match="link to there: is gone: another listens at"):
+        of(there=listeners("another").address).dial_all(["there"])
+
+
 def test_a_frozen_host_does_not_delay_that_another_is_linked_again(
     listeners: Callable[..., Listener], frozen: LinkAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,13 @@ def test_the_plan_comes_first_then_what_was_done(moray: Moray) -> None:
     ]
 
 
+def test_the_cold_tier_is_scaled_by_itself_and_its_load_shown(moray: Moray) -> None:
+    controller = FakeController(replace(PLAN, added=("cold-host-1",), cold_share_before=0.125, cold_share_after=0.0114))
+    _, out, _ = moray(controller, "scale --cold 0 --dry-run")
+    assert controller.asked == [(Wanted(cold=0), True)]
+    assert out.splitlines()[1:] == ["balance: 0.63 -> 0.97", "load of the cold hosts: 12.5% -> 1.1%"]
+
+
 def test_a_dry_run_prints_the_plan_and_asks_no_more(moray: Moray) -> None:
     controller = FakeController(replace(PLAN, added=(), removed=("expert-host-0", "expert-host-1")))
     status, out, _ = moray(controller, "drain expert-host-0 expert-host-1 --dry-run")
@@ -122,6 +129,8 @@ def test_json_is_all_that_is_printed(moray: Moray) -> None:
         "total": 48,
         "balance_before": 0.6251,
         "balance_after": 0.97,
+        "cold_share_before": 0.0,
+        "cold_share_after": 0.0,
         "shortages": ["short of it"],
         "seconds": 1.24,
     }

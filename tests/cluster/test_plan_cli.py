@@ -104,6 +104,20 @@ def test_flags_reach_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     }
 
 
+def test_the_cold_tier_is_told_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["tiny-r1", "--nodes", "2x4xL4,2xcpu:16", "--cold", 2, "--cold-slots", 3, "--batches", "4"]
+    assert run(*arguments, "--picture", tmp_path / "plan.svg") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 hosts with 3 slots a layer, for 37.5% of what experts are asked for, with experts equally popular" in told
+    plan = as_json(capsys, *arguments, "--skew", "1.0")
+    assert (plan["skew"], plan["placement"]["cold_hosts"], plan["placement"]["cold_slots"]) == (1.0, 2, 3)
+    assert plan["placement"]["cold_share"] == pytest.approx(0.134, abs=0.001)
+    assert as_json(capsys, *arguments, "--skew", "0")["placement"]["cold_share"] == 6 / 16
+    with pytest.raises(SystemExit):
+        run(*arguments, "--skew", "-1")
+    assert "'-1': must be a number of at least 0" in capsys.readouterr().err
+
+
 def test_the_picture_shows_memory_to_scale(r1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "plan.svg"
     plan = as_json(capsys, r1, "--nodes", "17x1xL40S", "--picture", picture)

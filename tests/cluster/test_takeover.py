@@ -182,6 +182,7 @@ def test_a_record_comes_back_as_it_was_written() -> None:
         table=PlacementTable(7, 1, 2, {"expert-host-0": ((0, 1), (1, -1))}),
         replicas={(1, 0): 2},
         wanted_hosts=2,
+        wanted_cold=1,
         processes=(
             KeptProcess("expert-host-0", "expert_host", "a.1", addresses=(LinkAddress("shm", "x", "machine"),)),
             KeptProcess("router-0", "router", "b.2", address="127.0.0.1:1"),

@@ -20,10 +20,10 @@ from moray.actors.router import RouterSettings
 from moray.actors.router_client import ClusterClient
 from moray.actors.router_process import HostAddresses, RouterProcess
 from moray.actors.weight_copy import Sources
-from moray.cluster.assembly import checkpoint_path, compute
+from moray.cluster.assembly import checkpoint_path, compute, host_compute
 from moray.cluster.controller import Controller
 from moray.cluster.handles import ExpertHostHandle, RouterHandle
-from moray.cluster.spawning import NoRoomError, Spawner
+from moray.cluster.spawning import NoRoomError, Processes, Spawner
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ClusterError
 from moray.model.reader import BytesRead
@@ -42,10 +42,10 @@ class ThreadHost(ExpertHostHandle):
         may_load: cleared, its loads wait.
     """
 
-    def __init__(self, spawner: ThreadSpawner, label: str, host: ExpertHost) -> None:
+    def __init__(self, spawner: ThreadSpawner, label: str, host: ExpertHost, checkpoint: Path) -> None:
         self.actor_name = f"{label}.{next(spawner.numbers)}"
         self.pid, self.node = id(host) % 100_000 + 1, "here"
-        self.spawner, self.host = spawner, host
+        self.spawner, self.host, self.checkpoint = spawner, host, checkpoint
         self.dead = self.silent = self.cannot_load = self.loading = False
         self.read: BytesRead | None = None
         self.may_load = threading.Event()
@@ -73,7 +73,6 @@ class ThreadHost(ExpertHostHandle):
 
     def begin_load(
         self,
-        checkpoint: Path,
         slots: Sequence[Sequence[int]],
         epoch: int,
         *,
@@ -85,7 +84,14 @@ class ThreadHost(ExpertHostHandle):
         if self.cannot_load:
             raise ClusterError(f"{self.host.host_id}: is dead")
         self._load = partial(
-            self.host.load, checkpoint, slots, epoch=epoch, sources=sources, link=link, secret=secret, gently=gently
+            self.host.load,
+            self.checkpoint,
+            slots,
+            epoch=epoch,
+            sources=sources,
+            link=link,
+            secret=secret,
+            gently=gently,
         )
         self.loading = True
 
@@ -199,11 +205,10 @@ class ThreadSpawner(Spawner):
         with self.changed:
             self.changed.notify_all()
 
-    def check_room(
-        self, deployment: Deployment, *, hosts: int = 0, routers: int = 0, running: tuple[int, int] = (0, 0)
-    ) -> None:
-        if hosts + routers > self.room:
-            raise NoRoomError(f"{hosts + routers - self.room} more CPUs")
+    def check_room(self, deployment: Deployment, more: Processes, *, running: Processes) -> None:
+        asked = more.hosts + more.cold + more.routers
+        if asked > self.room:
+            raise NoRoomError(f"{asked - self.room} more CPUs")
 
     def expert_host(self, host_id: str, deployment: Deployment, *, gently: bool = False) -> ExpertHostHandle:
         self.before(host_id)
@@ -219,7 +224,8 @@ class ThreadSpawner(Spawner):
         return self._made_host("standby", deployment)
 
     def _made_host(self, label: str, deployment: Deployment) -> ThreadHost:
-        handle = ThreadHost(self, label, ExpertHost("", compute=compute(deployment, gpus=0)))
+        host = ExpertHost("", compute=host_compute(deployment, label, gpus=0))
+        handle = ThreadHost(self, label, host, checkpoint_path(deployment.model))
         self.actors[handle.actor_name] = handle
         return handle
 

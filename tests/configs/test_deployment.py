@@ -60,6 +60,22 @@ def test_defaults_describe_the_embedded_model() -> None:
             ["my.yaml: autoscale.experts.max_hosts = 1 is below experts.min_replicas = 2", "distinct hosts"],
         ),
         ({"supervision": {"stuck_after_s": 20}}, ["supervision: ", "stuck_after_s = 20", "longer than the one before"]),
+        ({"experts": {"resources": {"GPU": 1}}}, ["experts.resources: 'GPU' is no resource label: use the key gpus"]),
+        ({"routers": {"resources": {"CPU": 1}}}, ["routers.resources: 'CPU' is no resource label: use the key cpus"]),
+        (
+            {"experts": {"cold": {"resources": {"memory": 1}}}},
+            ["experts.cold.resources: 'memory' is no resource label"],
+        ),
+        ({"routers": {"resources": {"": 1}}}, ["'' is no resource label: it must have a name"]),
+        ({"routers": {"resources": {"moray_router": 0}}}, ["moray_router = 0: must be a number of at least 0.0001"]),
+        ({"routers": {"resources": {"moray_router": float("inf")}}}, ["moray_router = inf: must be a number"]),
+        ({"routers": {"resources": {"moray_router": "1"}}}, ["routers.resources.moray_router = '1'"]),
+        ({"experts": {"cold": {"hosts": -1}}}, ["experts.cold.hosts = -1"]),
+        ({"experts": {"cold": {"slots": 0}}}, ["experts.cold.slots = 0"]),
+        (
+            {"link": "nccl", "experts": {"cold": {"hosts": 1}}},
+            ["link = 'nccl'", "cold hosts have no GPU; use link: auto"],
+        ),
         ({"dtype": "float16"}, ["dtype = 'float16'", "bfloat16"]),
         ({"link": "ethernet"}, ["link = 'ethernet'", "gloo"]),
         ({"max_context": 1}, ["max_context = 1"]),
@@ -81,6 +97,19 @@ def test_nothing_scales_by_itself_unless_it_is_enabled() -> None:
     assert (autoscale.experts.enabled, autoscale.routers.enabled) == (False, False)
     # What is not enabled may be inconsistent with the rest.
     Deployment.from_dict({"experts": {"min_replicas": 2}, "autoscale": {"experts": {"max_hosts": 1}}})
+
+
+def test_a_cold_host_counts_among_those_that_copies_are_on() -> None:
+    scaling = {"experts": {"enabled": True, "max_hosts": 1}}
+    Deployment.from_dict({"experts": {"min_replicas": 2, "cold": {"hosts": 1}}, "autoscale": scaling})
+
+
+def test_resources_as_plain_data_and_back() -> None:
+    deployment = Deployment.from_dict(
+        {"experts": {"resources": {"moray_expert": 1, "rack": 0.5}, "cold": {"hosts": 2}}}
+    )
+    assert deployment.experts.resources == {"moray_expert": 1.0, "rack": 0.5}
+    assert Deployment.from_dict(deployment.model_dump()) == deployment
 
 
 def test_whole_numbers_do_for_times() -> None:

@@ -8,11 +8,18 @@ from dataclasses import replace
 
 import pytest
 
+from moray.actors.links import handshake
 from moray.actors.messages import GenerateRequest
 from moray.actors.testing import EngineParts
 from moray.model.testing import write_random_checkpoint
 
 from .answers import Answer, request, undisturbed
+
+
+@pytest.fixture(autouse=True)
+def _a_wire_is_no_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `Wire` stands for the network itself, which has no address: the handshake would find out that it is a relay."""
+    monkeypatch.setattr(handshake, "_place", lambda *_, **__: b"")
 
 
 @pytest.fixture(scope="session")

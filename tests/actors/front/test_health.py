@@ -53,6 +53,7 @@ def samples(text: str) -> dict[str, float]:
         (replace(OK, missing_replicas=1), 200, "degraded"),
         (replace(OK, processes=[ProcessStatus("router-1", "router", 13, "n0", "stuck")]), 200, "degraded"),
         (replace(OK, routers=[RouterStats("router-0", late_hosts=["expert-host-1"])]), 200, "degraded"),
+        (replace(OK, routers=[RouterStats("router-0", broken_links=["expert-host-1: silent"])]), 200, "degraded"),
         (RuntimeError("no controller"), 503, "unavailable"),
     ],
 )

@@ -161,6 +161,36 @@ def test_a_proof_cannot_be_replayed(sockets: Sockets) -> None:
                     assert accepting.result(20) == "router-0"
 
 
+def test_a_proof_cannot_be_passed_on_to_another_place() -> None:
+    """Who listens where a process of ours did cannot hand our messages to another one, to read along ever after."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as honest,
+        socket.create_server(("127.0.0.1", 0)) as relay,
+        ThreadPoolExecutor(3) as pool,
+        socket.create_connection(relay.getsockname()) as router,
+        socket.create_connection(honest.getsockname()) as onwards,
+    ):
+        host, _ = honest.accept()
+        inwards, _ = relay.accept()
+        with host, inwards:
+            pool.submit(_pump, inwards, onwards)
+            pool.submit(_pump, onwards, inwards)
+            accepting = pool.submit(accept, host)
+            with pytest.raises(HandshakeError, match="the secrets differ"):
+                authenticate(
+                    router, secret=SECRET, identity="r", channel="link/shm", initiator=True, deadline=Deadline.after(20)
+                )
+            assert isinstance(accepting.exception(20), HandshakeError)
+            for sock in (router, host):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(4096):
+            target.sendall(data)
+
+
 class _Tap:
     """A socket that remembers what was sent through it."""
 

@@ -114,17 +114,57 @@ def test_garbage_is_dropped(listener: Listener, caplog: pytest.LogCaptureFixture
 
 
 @sockets_only
-def test_too_many_handshakes_are_not_taken_on(
+def test_silent_connections_make_room_for_others(
     listener: Listener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(acceptor, "MAX_HANDSHAKES", 1)
+    monkeypatch.setattr(acceptor, "MAX_HANDSHAKES", 2)
     with (
         caplog.at_level(logging.WARNING, "moray.links"),
+        connect_raw(listener.address) as first,
         connect_raw(listener.address),
-        connect_raw(listener.address) as second,
+        connect_raw(listener.address),
     ):
-        assert second.recv(1) == b""
-    assert "handshakes in progress" in caplog.text
+        assert first.recv(1) == b""
+        assert_good_dialler_gets_in(listener)
+    assert "2 handshakes in progress" in caplog.text
+
+
+def test_a_crowd_from_one_address_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes of whoever has most connections, however long a lonely one has been there."""
+    monkeypatch.setattr(acceptor, "MAX_HANDSHAKES", 3)
+    with contextlib.closing(listen("gloo", bind_host="127.0.0.1", secret=SECRET, identity="h")) as listener:
+        place = split_endpoint(listener.address.endpoint)
+        with contextlib.ExitStack() as stack:
+            lonely = stack.enter_context(socket.create_connection(place, 20, ("127.0.0.2", 0)))
+            crowd = [stack.enter_context(socket.create_connection(place, 20)) for _ in range(4)]
+            for first in crowd[:2]:
+                assert first.recv(1) == b""
+            for other in (lonely, crowd[-1]):
+                assert authenticate(
+                    other, secret=SECRET, identity="router-0", channel="link/gloo", initiator=True, deadline=soon()
+                )
+
+
+@sockets_only
+def test_knocking_does_not_fill_the_log(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(acceptor, "_LOGGED", 3)
+    with caplog.at_level(logging.WARNING, "moray.links"):
+        for _ in range(10):
+            with connect_raw(listener.address) as vandal:
+                vandal.send(b"\xff")
+                with contextlib.suppress(ConnectionResetError):
+                    while vandal.recv(4096):
+                        pass
+        assert len(caplog.messages) <= 3
+        monkeypatch.setattr(acceptor, "_LOGGED_PER_S", 0.0)
+        with connect_raw(listener.address) as vandal, contextlib.suppress(ConnectionResetError):
+            vandal.send(b"\xff")
+            while vandal.recv(4096):
+                pass
+    listener.close()
+    assert "expert-host-0 refused 7 more connections" in caplog.text
 
 
 @sockets_only
