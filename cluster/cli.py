@@ -14,6 +14,7 @@ from .. import __version__
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import MorayError
 from .admin_cli import add_admin_commands
+from .doctor import add_doctor
 from .fetch_cli import add_fetch
 from .planning.cli import add_plan
 
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add_admin_commands(commands)
     add_plan(commands)
     add_fetch(commands)
-    _add_doctor(commands)
+    add_doctor(commands)
     return parser
 
 
@@ -101,12 +102,6 @@ def _add_chat(commands: Any) -> None:
     chat.add_argument("--temperature", type=float, help="0 always takes the most likely token")
     chat.add_argument("--max-tokens", type=int, help="most tokens of an answer")
     chat.set_defaults(run=_chat)
-
-
-def _add_doctor(commands: Any) -> None:
-    doctor = commands.add_parser("doctor", help="show what this machine has, and which path each kernel takes on it")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(run=_doctor)
 
 
 def _add_server_options(command: argparse.ArgumentParser) -> None:
@@ -166,12 +161,6 @@ def _chat(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         max_tokens=options.max_tokens,
     )
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from .doctor import doctor
-
-    return doctor(as_json=options.json)
 
 
 if __name__ == "__main__":

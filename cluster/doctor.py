@@ -1,159 +1,182 @@
-"""`moray doctor`: what this machine has, which path each kernel takes on it and why, and what is missing."""
+"""`moray doctor`: whether this machine, or a cluster, is fit to serve, and what to do where it is not."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import argparse
+import contextlib
 import json
 import os
-import platform
-import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+from ..configs.deployment import EMBEDDED_MODEL, Deployment
+from ..configs.errors import MorayError
+from .argument_types import above_zero
 
-from ..kernels.catalogue import MODULES, all_cases
-from ..kernels.launch import architecture
+if TYPE_CHECKING:
+    from ..model.config import ModelConfig
+    from .diagnosis.collect import Wish
+    from .diagnosis.examination import Examination
 
-_DISTRIBUTIONS = ("torch", "triton", "ray")
-_WIDTH = 120  # of tables in a log
+_WIDTH = 120
+"""Of tables in a log."""
 
-
-@dataclass(frozen=True, slots=True)
-class KernelPath:
-    """Which code a kernel runs on one device.
-
-    Attributes:
-        kernel: module of `moray.kernels`.
-        device: e.g. "cuda:0 NVIDIA H100 (sm_90)", or "cpu".
-        path: "Triton" or "torch".
-        why: what decided it, and which instructions it uses.
-    """
-
-    kernel: str
-    device: str
-    path: str
-    why: str
+_LINK_SECONDS = 1.0
+"""For each link and direction: TCP is at its pace within a few tenths of a second."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What `moray doctor` found.
-
-    Attributes:
-        machine: name -> value, in the order to show.
-        kernels: one entry a kernel and device.
-        problems: what is wrong, each with the way out; nothing serves as it should before these are solved.
-    """
-
-    machine: dict[str, str]
-    kernels: list[KernelPath]
-    problems: list[str]
-
-
-def examine() -> Report:
-    """Look at this machine. Takes a second or two; starts nothing."""
-    problems: list[str] = []
-    machine = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
-    for name in _DISTRIBUTIONS:
-        try:
-            machine[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            machine[name] = "not installed"
-            if name != "triton" or torch.cuda.is_available():
-                problems.append(f"{name} is not installed: install Moray with its dependencies (`make setup`)")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    machine["cpus"] = f"{len(os.sched_getaffinity(0))}, {memory / 2**30:.1f} GiB of memory"
-    reason = _why_no_gpu()
-    devices = [] if reason else [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    machine["gpus"] = f"none: {reason}" if reason else ", ".join(_described(device) for device in devices)
-    machine["links"] = ", ".join(["inline", "shm", "gloo", *(["nccl"] if devices and _has_nccl() else [])])
-    kernels: list[KernelPath] = []
-    for device in devices:
-        try:
-            kernels += _gpu_paths(device)
-        except RuntimeError as error:
-            problems.append(f"{error}; give this machine's processes `device: cpu`, or hide the GPU from them")
-    if devices and shutil.which("cc") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
-        problems.append("no C compiler: Triton builds a small launcher for each kernel; install gcc or clang")
-    if devices and not _has_nccl():
-        problems.append("this torch is built without NCCL: GPUs of different machines would be linked over gloo")
-    if not kernels:
-        why = reason or "its GPUs cannot be used"
-        kernels = [KernelPath(_name(module), "cpu", "torch", f"no GPU: {why}") for module in MODULES]
-    return Report(machine, kernels, problems)
+def add_doctor(commands: Any) -> None:
+    """Add `doctor` to the command's sub-parsers."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine, or a cluster, before serving",
+        description="Says what was found and what to do about it, one line each. Exit status 1 if anything must be mended.",
+    )
+    doctor.add_argument(
+        "--address",
+        help="check every node of this Ray cluster (`auto`: the one on this machine), and the links between",
+    )
+    doctor.add_argument("--model", metavar="MODEL", help=f"checkpoint to look for, or {EMBEDDED_MODEL}")
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="deployment file whose needs to check")
+    doctor.add_argument(
+        "--link-seconds",
+        type=above_zero,
+        default=_LINK_SECONDS,
+        metavar="S",
+        help=f"how long to load each link, each way (default {_LINK_SECONDS:g})",
+    )
+    doctor.add_argument(
+        "--quick",
+        action="store_true",
+        help="of links, measure round trips only; else each node takes some four seconds more",
+    )
+    doctor.add_argument("--kernels", action="store_true", help="list which path each kernel takes on this machine")
+    doctor.add_argument("--json", action="store_true", help="print JSON, with all facts")
+    doctor.set_defaults(run=_doctor)
 
 
-def doctor(*, as_json: bool) -> int:
-    """`moray doctor`: print the report; returns 1 if there are problems."""
-    report = examine()
-    if as_json:
-        print(json.dumps(asdict(report), indent=2))
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .diagnosis.kernel_paths import kernel_paths
+    from .diagnosis.report import show, show_kernels
+
+    deployment = Deployment.load(options.config) if options.config else None
+    model = options.model or (deployment.model if deployment else "")
+    if options.address is None:
+        examination = examine_here(model, deployment)
     else:
-        show(report, Console(width=None if sys.stdout.isatty() else _WIDTH))
-    return 1 if report.problems else 0
+        with _progress(quiet=options.json) as progress:
+            examination = examine_ray(
+                options.address,
+                model,
+                deployment,
+                link_seconds=0.0 if options.quick else options.link_seconds,
+                progress=progress,
+            )
+    kernels = kernel_paths() if options.kernels or options.address is None else []
+    if options.json:
+        print(json.dumps(examination.to_dict() | {"kernels": [asdict(path) for path in kernels]}, indent=2))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+        show(examination, console)
+        show_kernels(kernels, console, whole=options.kernels)
+    return 1 if examination.failed else 0
 
 
-def show(report: Report, console: Console) -> None:
-    """Print a report as tables."""
-    machine = Table.grid(padding=(0, 2))
-    for name, value in report.machine.items():
-        machine.add_row(name, value)
-    console.print(machine)
-    kernels = Table("kernel", "device", "path", "why", title="kernels", title_justify="left")
-    for entry in report.kernels:
-        kernels.add_row(entry.kernel, entry.device, entry.path, entry.why)
-    console.print(kernels)
-    for problem in report.problems:
-        console.print(f"problem: {problem}", style="bold", soft_wrap=True)
-    console.print("no problems found" if not report.problems else f"{len(report.problems)} problem(s)")
+def examine_here(model: str, deployment: Deployment | None) -> Examination:
+    """Examine this machine; starts nothing.
+
+    Args:
+        model: checkpoint to look for; "" for none.
+        deployment: whose needs to check; None for none.
+    """
+    import socket
+
+    from .diagnosis.collect import collect
+    from .diagnosis.deployment_checks import check_deployment
+    from .diagnosis.examination import Examination
+    from .diagnosis.node_checks import check_node
+
+    facts = collect(_wish(socket.gethostname(), model, deployment))
+    findings = check_node(facts)
+    if deployment is not None:
+        findings += check_deployment(deployment, _config(model, deployment), [facts], {})
+    return Examination((facts,), tuple(findings))
 
 
-def _name(module: object) -> str:
-    return str(getattr(module, "__name__", module)).rsplit(".", 1)[-1]
-
-
-def _why_no_gpu() -> str:
-    """Why kernels cannot run on a GPU here, or "" if they can."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return f"torch (CUDA {torch.version.cuda}) finds no device; is there a GPU and a driver (`nvidia-smi`)?"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return ""
-
-
-def _has_nccl() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_nccl_available()
-
-
-def _described(device: torch.device) -> str:
-    properties = torch.cuda.get_device_properties(device)
-    capability = f"sm_{properties.major}{properties.minor}"
-    return f"{device} {properties.name} ({capability}, {properties.total_memory / 2**30:.0f} GiB)"
-
-
-def _gpu_paths(device: torch.device) -> list[KernelPath]:
-    """One entry a kernel module; the instructions are those its ahead-of-time cases hold.
+def examine_ray(
+    address: str,
+    model: str,
+    deployment: Deployment | None,
+    *,
+    link_seconds: float,
+    progress: Callable[[str], None],
+) -> Examination:
+    """Examine every node of a Ray cluster, and the links between them; see `examine_here`.
 
     Raises:
-        RuntimeError: no kernel runs on this device.
+        ClusterError: Ray is not there.
     """
-    code = architecture(device)
-    where = _described(device).rsplit(",", 1)[0] + ")"
-    by_module: dict[str, list[str]] = {}
-    cases = all_cases(code)
-    for module in MODULES:
-        mine = [case for case in cases if case.kernel.function.__module__ == module.__name__]
-        cores = sorted({case.tensor_core for case in mine if case.tensor_core})
-        by_module[_name(module)] = cores
-    return [
-        KernelPath(
-            name, where, "Triton", f"CUDA device, code for sm_{code}" + (f", {'/'.join(cores)}" if cores else "")
+    from .diagnosis.cluster_checks import check_access
+    from .diagnosis.deployment_checks import check_deployment
+    from .diagnosis.examination import examine_cluster
+    from .diagnosis.link_checks import R1_NEEDS, token_needs
+    from .diagnosis.ray_probes import ray_probes
+
+    config = _config(model, deployment) if model else None
+    with ray_probes(address) as probes:
+        examination = examine_cluster(
+            probes,
+            replace(_wish("", model, deployment), in_ray=True),
+            link_seconds=link_seconds,
+            needs=R1_NEEDS if config is None else token_needs(Path(model).name, config),
+            progress=progress,
         )
-        for name, cores in by_module.items()
-    ]
+    # What has joined the cluster is what the cluster asks for; unset, Ray takes it for `token`.
+    findings = [check_access(os.environ.get("RAY_AUTH_MODE", "token"))]
+    if deployment is not None:
+        offered = {probe.node: probe.ray for probe in probes}
+        findings += check_deployment(deployment, config, examination.nodes, offered)
+    return examination.plus(findings)
+
+
+def _wish(node: str, model: str, deployment: Deployment | None) -> Wish:
+    from .diagnosis.collect import Wish
+
+    if deployment is None:
+        return Wish(node, model=model)
+    return Wish(node, model=model, weights_dir=deployment.weights_dir or "", front_port=deployment.front.port)
+
+
+def _config(model: str, deployment: Deployment | None) -> ModelConfig | None:
+    """Of the model, if it can be read here; whether the nodes can read it, they say themselves.
+
+    Of a URL settings and tokenizer are fetched, some megabytes, as serving would fetch them.
+    """
+    from ..model.config import ModelConfig
+    from ..model.progress import NoProgress
+    from .assembly import checkpoint_path
+
+    weights_dir = deployment.weights_dir if deployment else None
+    try:
+        path = checkpoint_path(model, weights_dir=weights_dir, parts="metadata", progress=NoProgress())
+        return ModelConfig.load(path)
+    except MorayError:
+        return None
+
+
+@contextlib.contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done on a terminal's last line; elsewhere nothing."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("asking Ray for its nodes") as status:
+        yield status.update
