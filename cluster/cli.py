@@ -17,6 +17,7 @@ from .admin_cli import add_admin_commands
 from .doctor import add_doctor
 from .fetch_cli import add_fetch
 from .planning.cli import add_plan
+from .simulation.cli import add_simulate
 from .up import add_up
 
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     add_admin_commands(commands)
     add_plan(commands)
+    add_simulate(commands)
     add_fetch(commands)
     add_up(commands)
     add_doctor(commands)

@@ -1,0 +1,198 @@
+"""One modelled router's requests: the real scheduler and page pool decide what each step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...actors.messages import FinishReason, GenerateRequest
+from ...actors.router import RouterSettings
+from ...actors.scheduler import Chunk, Scheduler
+from ...actors.step_tensors import finish_reason
+from ...model.pages import PagePool
+from ...model.sampling import SamplingParams
+from .trace import Arrival
+
+_PREFIXES_FROM = 1 << 31
+"""Tokens of shared prefixes are numbered from here on, those of single requests below: no two texts are alike by chance."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request on its way through the cluster.
+
+    Attributes:
+        number: in the order of arrival.
+        arrival: what was asked.
+        at: when it came.
+        first_at, last_at: when the client got its first token, and the last one so far.
+        tokens: that a router has given it.
+        moved: times it went on at another router.
+    """
+
+    number: int
+    arrival: Arrival
+    at: float
+    first_at: float | None = None
+    last_at: float | None = None
+    tokens: int = 0
+    moved: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step computes; see `CostModel` for the meaning of each."""
+
+    tokens: int
+    decoding: int
+    sampled: int
+    kv_positions: int
+    kv_rows: int
+    longest: int
+
+    def halves(self) -> tuple[StepWork, ...]:
+        """As two micro-batches; one where there is only one token."""
+        if self.tokens < 2:
+            return (self,)
+        smaller = StepWork(
+            self.tokens // 2,
+            self.decoding // 2,
+            self.sampled // 2,
+            self.kv_positions // 2,
+            self.kv_rows // 2,
+            self.longest,
+        )
+        larger = StepWork(
+            self.tokens - smaller.tokens,
+            self.decoding - smaller.decoding,
+            self.sampled - smaller.sampled,
+            self.kv_positions - smaller.kv_positions,
+            self.kv_rows - smaller.kv_rows,
+            self.longest,
+        )
+        return larger, smaller
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One token of one request; `reason` if it is its last."""
+
+    request: Request
+    reason: FinishReason | None
+
+
+class Batches:
+    """Takes requests in, says what each step computes, and gives out the tokens that come of it.
+
+    Args:
+        settings: of the router.
+
+    Attributes:
+        pool, scheduler: the real ones.
+        routed_tokens: computed so far; each was sent to its experts in every layer.
+        steps: so far.
+    """
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._settings = settings
+        self.pool = PagePool(settings.pages, settings.page_size)
+        self.scheduler = Scheduler(self.pool, token_budget=settings.token_budget, max_running=settings.max_running)
+        self._requests: dict[str, Request] = {}
+        self._chunks: list[Chunk] = []
+        self._routed = 0
+        self.routed_tokens = 0
+        self.steps = 0
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    @property
+    def full(self) -> bool:
+        """Whether a request would be refused now, with 429."""
+        return len(self.scheduler.waiting) >= self._settings.max_waiting
+
+    def fits(self, arrival: Arrival) -> bool:
+        """Whether prompt and answer are no longer than a request may be; else it is refused, with 400."""
+        return arrival.prompt + arrival.output <= self._settings.max_context
+
+    def add(self, request: Request) -> None:
+        """Queue a request, with what it has been answered so far."""
+        arrival = request.arrival
+        own = request.number % _PREFIXES_FROM
+        prompt = [own] * arrival.prompt
+        if arrival.prefix is not None:
+            prompt[: arrival.prefix_tokens] = [_PREFIXES_FROM + arrival.prefix % _PREFIXES_FROM] * arrival.prefix_tokens
+        name = str(request.number)
+        self._requests[name] = request
+        self.scheduler.add(
+            GenerateRequest(name, prompt, SamplingParams(max_tokens=arrival.output), [own] * request.tokens)
+        )
+
+    def next_step(self) -> StepWork | None:
+        """Schedule a step; None if there is nothing to do."""
+        self._chunks = self.scheduler.schedule()
+        if not self._chunks:
+            return None
+        work = self._work()
+        self._routed = work.tokens
+        return work
+
+    def _work(self) -> StepWork:
+        tokens = decoding = sampled = positions = rows = longest = 0
+        for chunk in self._chunks:
+            end = chunk.start + chunk.length
+            request = self._requests[chunk.sequence.request.request_id]
+            # What came with its pages is not computed, unless the request has moved and left them behind.
+            begin = chunk.start if request.moved else min(end, max(chunk.start, request.arrival.cached))
+            count = end - begin
+            if not count:
+                continue
+            tokens += count
+            decoding += count == 1
+            sampled += chunk.samples
+            positions += count * begin + count * (count + 1) // 2
+            rows += end
+            longest = max(longest, end)
+        return StepWork(tokens, decoding, sampled, positions, rows, longest)
+
+    def finish_step(self) -> list[Output]:
+        """The step was computed: its tokens, in the order of arrival."""
+        outputs = []
+        self.routed_tokens += self._routed
+        self.steps += 1
+        for chunk in self._chunks:
+            sequence = chunk.sequence
+            name = sequence.request.request_id
+            request = self._requests[name]
+            self.scheduler.advance(chunk, request.number % _PREFIXES_FROM if chunk.samples else None)
+            if not chunk.samples:
+                continue
+            request.tokens += 1
+            reason = finish_reason(sequence, sequence.tokens[-1], self._settings.max_context)
+            if reason is not None:
+                del self._requests[name]
+                self.scheduler.remove(sequence)
+            outputs.append(Output(request, reason))
+        self._chunks = []
+        return outputs
+
+    def drop_all(self) -> list[Request]:
+        """Let go of every request: those that have not ended."""
+        requests = list(self._requests.values())
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.remove(sequence)
+        self._requests.clear()
+        self._chunks = []
+        return requests
+
+    def check(self) -> None:
+        """Assert what holds of pages at all times."""
+        self.pool.check()
+
+
+def kv_use(batches: Sequence[Batches]) -> float:
+    """Share of all KV pages that running requests hold."""
+    pages = sum(one.pool.total for one in batches)
+    return sum(one.pool.in_use for one in batches) / pages if pages else 0.0

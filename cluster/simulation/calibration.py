@@ -1,0 +1,243 @@
+"""From measurements on one machine to the constants of `cpu_costs.py`.
+
+Routers, hosts and links are measured alone (`parts_timing.py`). What a whole server costs beside them (front, proxy, Ray, the
+client) is taken from a few runs of one, given as `ServedRun`s: `tests/bench/simulator.py` makes them, and checks the outcome
+against other runs. Constants come out of non-negative least squares in which samples count by their relative errors, so that
+short steps count as much as long ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...configs.deployment import Deployment
+from ...configs.errors import ConfigError
+from ..assembly import checkpoint_path, compute, router_settings
+from .cpu_costs import Calibration, CpuConstants, CpuCosts, Machine
+from .parts_timing import Parts, Sample, layer_samples, link_samples, shared_samples, step_samples
+
+_SPIN_S = 1.5
+"""How long cores are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRun:
+    """What a server did in some seconds, and who spent how much CPU time meanwhile.
+
+    Attributes:
+        seconds: on the clock.
+        hosts: expert hosts; streams: requests at once.
+        prompt, answer: tokens of each request.
+        steps: of all routers; tokens: generated; prompts: tokens of prompts that were computed; requests: that ended.
+        router_cpu, host_cpu: seconds of all routers, and of all hosts; other_cpu: of everything else, the client included.
+    """
+
+    seconds: float
+    hosts: int
+    streams: int
+    prompt: int
+    answer: int
+    steps: int
+    tokens: int
+    prompts: int
+    requests: int
+    router_cpu: float
+    host_cpu: float
+    other_cpu: float
+
+
+def fit(samples: Sequence[Sample]) -> tuple[dict[str, float], float]:
+    """Constants that explain the samples best, none negative, and the root mean square of the relative errors.
+
+    All sets of constants that are not zero are tried: there are few.
+
+    Raises:
+        ConfigError: there are fewer samples than constants.
+    """
+    names = sorted({name for features, _ in samples for name in features})
+    if len(samples) < len(names):
+        raise ConfigError(f"{len(samples)} samples for {len(names)} constants: {', '.join(names)}")
+    rows = np.array([[features.get(name, 0.0) / seconds for name in names] for features, seconds in samples])
+    ones = np.ones(len(samples))
+    best, least = np.zeros(len(names)), float(len(samples))
+    for size in range(1, len(names) + 1):
+        for chosen in itertools.combinations(range(len(names)), size):
+            columns = list(chosen)
+            # Columns differ by orders of magnitude: brought to one length, so that none counts as a rounding error.
+            lengths = np.linalg.norm(rows[:, columns], axis=0)
+            if not lengths.all():
+                continue
+            solution = np.linalg.lstsq(rows[:, columns] / lengths, ones, rcond=None)[0] / lengths
+            missed = float(((rows[:, columns] @ solution - ones) ** 2).sum())
+            if (solution >= 0).all() and missed < least:
+                best, least = np.zeros(len(names)), missed
+                best[columns] = solution
+    return dict(zip(names, best.tolist(), strict=True)), float(np.sqrt(least / len(samples)))
+
+
+def calibrate(deployment: Deployment, idle: ServedRun, runs: Sequence[ServedRun]) -> Calibration:
+    """Measure everything for a deployment's model, and fit it.
+
+    Args:
+        deployment: of the server that the runs are of.
+        idle: a run without requests.
+        runs: with requests, of more kinds than one.
+    """
+    torch.set_num_threads(deployment.routers.cpus)
+    path = checkpoint_path(deployment.model)
+    parts = Parts.load(path, compute(deployment, gpus=0), lambda config: router_settings(deployment, config))
+    alone, missed = _alone(parts)
+    constants, missed_served = served_constants(alone, parts, idle, runs)
+    return Calibration(constants, machine(deployment.model), missed | missed_served)
+
+
+def _alone(parts: Parts) -> tuple[CpuConstants, dict[str, float]]:
+    """What the parts cost by themselves, and what the fits miss; nothing of the front's side."""
+    names = {field.name for field in fields(CpuConstants)} - {"cores"}
+    constants = CpuConstants(**dict.fromkeys(names, 0.0), cores=working_cores())
+    found: dict[str, float] = {}
+    for name, samples in (("layer", layer_samples(parts)), ("shared", shared_samples(parts))):
+        if samples:
+            fitted, found[name] = fit(samples)
+            constants = replace(constants, **fitted)
+    costs, layers, moe = (
+        CpuCosts(constants, page_size=parts.settings.page_size),
+        parts.config.num_hidden_layers,
+        len(parts.config.moe_layers),
+    )
+    fitted, found["step"] = fit(
+        step_samples(
+            parts,
+            lambda tokens, positions, rows, longest: (
+                layers * costs.router_layer(tokens, positions, rows, longest) + moe * costs.shared_experts(tokens)
+            ),
+        )
+    )
+    constants = replace(constants, **fitted)
+    links = link_samples(parts)
+    for name, samples in (("router's links", links.router), ("host", links.host)):
+        fitted, found[name] = fit(samples)
+        constants = replace(constants, **fitted)
+    # A layer is handed over twice. Long layers say less of it, so the median of all is not moved by them.
+    return replace(constants, wake=statistics.median(links.wait) / 2), found
+
+
+_ROUTERS = ("step", "step_token", "step_row", "layer", "layer_token", "layer_position", "layer_row", "layer_page")
+_ROUTERS_TOO = ("shared", "shared_token", "exchange", "frame", "frame_byte")
+_HOSTS = ("host", "host_expert", "host_pair")
+
+
+def served_constants(
+    alone: CpuConstants, parts: Parts, idle: ServedRun, runs: Sequence[ServedRun]
+) -> tuple[CpuConstants, dict[str, float]]:
+    """Add what only whole servers show: the front's side, and by how much routers and hosts cost more in them than alone.
+
+    Args:
+        alone: constants of the parts by themselves.
+        parts: of the model.
+        idle, runs: see `calibrate`.
+
+    Returns:
+        The constants, and what the fits miss.
+    """
+    background = (idle.router_cpu + idle.host_cpu + idle.other_cpu) / idle.seconds
+    costs = CpuCosts(alone, page_size=parts.settings.page_size)
+    fronts: list[Sample] = []
+    routers: list[Sample] = []
+    hosts: list[Sample] = []
+    for run in runs:
+        work = {"front": run.steps, "front_token": run.tokens, "request": run.requests, "request_token": run.prompts}
+        fronts.append((work, run.other_cpu - idle.other_cpu / idle.seconds * run.seconds))
+        router_s, host_s = _expected(run, costs, parts)
+        router_cpu = (run.router_cpu - idle.router_cpu / idle.seconds * run.seconds) / run.steps
+        host_cpu = (run.host_cpu - idle.host_cpu / idle.seconds * run.seconds) / run.steps
+        routers.append(({"times": router_s, "step": 1.0}, router_cpu))
+        hosts.append(({"times": host_s, "host": len(parts.config.moe_layers) * run.hosts}, host_cpu))
+    front, missed_front = fit(fronts)
+    router, missed_router = fit(routers)
+    host, missed_host = fit(hosts)
+    more = {name: getattr(alone, name) * router["times"] for name in (*_ROUTERS, *_ROUTERS_TOO)}
+    more |= {name: getattr(alone, name) * host["times"] for name in _HOSTS}
+    for name, extra in (("step", router), ("host", host)):
+        more[name] += extra[name]
+    constants = replace(alone, **more, **front, background=background)
+    return constants, {
+        "front of a server": missed_front,
+        "routers of a server": missed_router,
+        "hosts of a server": missed_host,
+        "routers of a server, times alone": router["times"],
+        "hosts of a server, times alone": host["times"],
+    }
+
+
+def _expected(run: ServedRun, costs: CpuCosts, parts: Parts) -> tuple[float, float]:
+    """CPU seconds of a router, and of all hosts, in a mean step of a run, if they cost what they do alone."""
+    config, item = parts.config, parts.compute.dtype.itemsize
+    layers, moe, top_k, experts = (
+        config.num_hidden_layers,
+        len(config.moe_layers),
+        config.num_experts_per_tok,
+        config.n_routed_experts,
+    )
+    rows, prompts = run.tokens / run.steps, run.prompts / run.steps
+    decoding = max(0.0, rows - run.requests / run.steps)
+    tokens = decoding + prompts
+    context = run.prompt + run.answer / 2
+    # The one of several that has come furthest: of n evenly spread over an answer, n / (n + 1) of it.
+    longest = run.prompt + run.answer * max(1.0, decoding) / (max(1.0, decoding) + 1)
+    read = decoding * context + prompts
+    positions = decoding * context + prompts * run.prompt / 2
+    router_s = costs.router_step(round(tokens), round(decoding), round(rows), 0)
+    router_s += layers * costs.router_layer(
+        round(tokens), round(positions), round(max(read, positions)), round(longest)
+    )
+    router_s += moe * costs.shared_experts(round(tokens))
+    pairs, sent_rows = tokens * top_k, tokens * run.hosts * (1 - (1 - 1 / run.hosts) ** top_k)
+    row_bytes = config.hidden_size * item
+    there = costs.exchange(round(sent_rows * row_bytes), 0, run.hosts)
+    router_s += moe * (there + costs.exchange(0, round(pairs * row_bytes), run.hosts))
+    touched = experts * (1 - (1 - top_k / experts) ** tokens)
+    host_s = moe * run.hosts * costs.host_layer(round(pairs / run.hosts), round(touched / run.hosts))
+    return router_s, host_s
+
+
+def working_cores() -> float:
+    """How many cores' worth all cores do at once: fewer than there are where they share execution units or a clock's budget."""
+    count = os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(count) as pool:
+        pool.map(_spin, [0.1] * count)
+        alone = pool.apply(_spin, (_SPIN_S,))
+        together = pool.map(_spin, [_SPIN_S] * count, chunksize=1)
+    return min(float(count), sum(together) / alone)
+
+
+def _spin(seconds: float) -> float:
+    """Rounds of work like that of routers a second of CPU time: small products, and Python."""
+    torch.set_num_threads(1)
+    left = torch.randn(16, 256)
+    right = torch.randn(256, 512)
+    rounds, begun, until = 0, time.process_time(), time.monotonic() + seconds
+    while time.monotonic() < until:
+        for _ in range(20):
+            (left @ right).relu_().sum(-1).tolist()
+        rounds += 1
+    return rounds / (time.process_time() - begun)
+
+
+def machine(model: str) -> Machine:
+    """This one."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return Machine(cpu, os.cpu_count() or 1, platform.python_version(), str(torch.__version__), model)
