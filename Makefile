@@ -26,9 +26,14 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/python -m moray.cluster.demo --port $(PORT) $(if $(ONCE),--once)
 
-# Twice: Triton decides when it is imported whether a process interprets kernels or compiles them.
+# The test of many machines waits for Ray for most of its minutes: it runs beside those that need no Ray.
+# The numbers of the kernels once more: Triton decides when it is imported whether a process interprets or compiles them.
 test: setup lint
-	$(BIN)/python -m pytest
+	mkdir -p build/tests
+	$(BIN)/python -m pytest -m machines >build/tests/machines.log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m 'not ray and not machines'; status=$$?; \
+	wait $$beside || status=$$?; cat build/tests/machines.log; exit $$status
+	$(BIN)/python -m pytest -m ray
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/numerics
 
 lint: setup
