@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -49,10 +50,14 @@ class InTouch:
 
     def _run(self) -> None:
         while not self._stop.wait(self._every_s):
-            for process in self._processes():
-                if self._stop.is_set():
-                    return
-                try:
-                    process.bytes_loaded()
-                except MorayError as error:  # whoever waits for it is told
-                    logger.info("event=no_answer process=%s reason=%s", process.actor_name, error)
+            if processes := self._processes():
+                # All at once: some may not have come up, and the leases of the others must not wait for them.
+                with ThreadPoolExecutor(len(processes), thread_name_prefix="moray-in-touch") as pool:
+                    list(pool.map(_ask, processes))
+
+
+def _ask(process: Asked) -> None:
+    try:
+        process.bytes_loaded()
+    except MorayError as error:  # whoever waits for it is told
+        logger.info("event=no_answer process=%s reason=%s", process.actor_name, error)

@@ -172,7 +172,7 @@ class Spawner:
         ]
         raise NoRoomError(
             f"{' and '.join(described)} need {' and '.join(short)}{free_resources()}: add nodes "
-            "(Ray was told; where its autoscaler runs, they come by themselves: then try again)"
+            "(Ray was told; where its autoscaler can start some, they come by themselves: then try again)"
         )
 
     def close(self) -> None:
