@@ -9,11 +9,8 @@ short steps count as much as long ones.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import platform
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,9 +23,6 @@ from ...configs.errors import ConfigError
 from ..assembly import checkpoint_path, compute, router_settings
 from .cpu_costs import Calibration, CpuConstants, CpuCosts, Machine
 from .parts_timing import Parts, Sample, layer_samples, link_samples, shared_samples, step_samples
-
-_SPIN_S = 1.5
-"""How long cores are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +99,7 @@ def calibrate(deployment: Deployment, idle: ServedRun, runs: Sequence[ServedRun]
 def _alone(parts: Parts) -> tuple[CpuConstants, dict[str, float]]:
     """What the parts cost by themselves, and what the fits miss; nothing of the front's side."""
     names = {field.name for field in fields(CpuConstants)} - {"cores"}
-    constants = CpuConstants(**dict.fromkeys(names, 0.0), cores=working_cores())
+    constants = CpuConstants(**dict.fromkeys(names, 0.0), cores=float(os.cpu_count() or 1))
     found: dict[str, float] = {}
     for name, samples in (("layer", layer_samples(parts)), ("shared", shared_samples(parts))):
         if samples:
@@ -129,8 +123,7 @@ def _alone(parts: Parts) -> tuple[CpuConstants, dict[str, float]]:
     for name, samples in (("router's links", links.router), ("host", links.host)):
         fitted, found[name] = fit(samples)
         constants = replace(constants, **fitted)
-    # A layer is handed over twice. Long layers say less of it, so the median of all is not moved by them.
-    return replace(constants, wake=statistics.median(links.wait) / 2), found
+    return constants, found
 
 
 _ROUTERS = ("step", "step_token", "step_row", "layer", "layer_token", "layer_position", "layer_row", "layer_page")
@@ -152,18 +145,23 @@ def served_constants(
         The constants, and what the fits miss.
     """
     background = (idle.router_cpu + idle.host_cpu + idle.other_cpu) / idle.seconds
-    costs = CpuCosts(alone, page_size=parts.settings.page_size)
     fronts: list[Sample] = []
     routers: list[Sample] = []
     hosts: list[Sample] = []
+    waits: list[float] = []
     for run in runs:
+        # A step's time is its router's and one host's, and two waits a layer. Where least is asked of the cores, they are least
+        # mixed up with waiting for a core, which is simulated.
+        busy_s = run.router_cpu + run.host_cpu / run.hosts
+        waits.append(max(0.0, run.seconds - busy_s) / (2 * len(parts.config.moe_layers) * run.steps))
         work = {"front": run.steps, "front_token": run.tokens, "request": run.requests, "request_token": run.prompts}
         fronts.append((work, run.other_cpu - idle.other_cpu / idle.seconds * run.seconds))
-        router_s, host_s = _expected(run, costs, parts)
+        router_s, host_s = _expected(run, alone, parts)
         router_cpu = (run.router_cpu - idle.router_cpu / idle.seconds * run.seconds) / run.steps
         host_cpu = (run.host_cpu - idle.host_cpu / idle.seconds * run.seconds) / run.steps
         routers.append(({"times": router_s, "step": 1.0}, router_cpu))
-        hosts.append(({"times": host_s, "host": len(parts.config.moe_layers) * run.hosts}, host_cpu))
+        requests = len(parts.config.moe_layers) * run.hosts
+        hosts.append(({"times": host_s, "host": requests}, host_cpu))
     front, missed_front = fit(fronts)
     router, missed_router = fit(routers)
     host, missed_host = fit(hosts)
@@ -171,7 +169,7 @@ def served_constants(
     more |= {name: getattr(alone, name) * host["times"] for name in _HOSTS}
     for name, extra in (("step", router), ("host", host)):
         more[name] += extra[name]
-    constants = replace(alone, **more, **front, background=background)
+    constants = replace(alone, **more, **front, background=background, wake=min(waits))
     return constants, {
         "front of a server": missed_front,
         "routers of a server": missed_router,
@@ -181,9 +179,10 @@ def served_constants(
     }
 
 
-def _expected(run: ServedRun, costs: CpuCosts, parts: Parts) -> tuple[float, float]:
+def _expected(run: ServedRun, alone: CpuConstants, parts: Parts) -> tuple[float, float]:
     """CPU seconds of a router, and of all hosts, in a mean step of a run, if they cost what they do alone."""
     config, item = parts.config, parts.compute.dtype.itemsize
+    costs = CpuCosts(alone, page_size=parts.settings.page_size)
     layers, moe, top_k, experts = (
         config.num_hidden_layers,
         len(config.moe_layers),
@@ -199,9 +198,7 @@ def _expected(run: ServedRun, costs: CpuCosts, parts: Parts) -> tuple[float, flo
     read = decoding * context + prompts
     positions = decoding * context + prompts * run.prompt / 2
     router_s = costs.router_step(round(tokens), round(decoding), round(rows), 0)
-    router_s += layers * costs.router_layer(
-        round(tokens), round(positions), round(max(read, positions)), round(longest)
-    )
+    router_s += layers * costs.router_layer(round(tokens), round(positions), round(read), round(longest))
     router_s += moe * costs.shared_experts(round(tokens))
     pairs, sent_rows = tokens * top_k, tokens * run.hosts * (1 - (1 - 1 / run.hosts) ** top_k)
     row_bytes = config.hidden_size * item
@@ -210,30 +207,6 @@ def _expected(run: ServedRun, costs: CpuCosts, parts: Parts) -> tuple[float, flo
     touched = experts * (1 - (1 - top_k / experts) ** tokens)
     host_s = moe * run.hosts * costs.host_layer(round(pairs / run.hosts), round(touched / run.hosts))
     return router_s, host_s
-
-
-def working_cores() -> float:
-    """How many cores' worth all cores do at once: fewer than there are where they share execution units or a clock's budget."""
-    count = os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(count) as pool:
-        pool.map(_spin, [0.1] * count)
-        alone = pool.apply(_spin, (_SPIN_S,))
-        together = pool.map(_spin, [_SPIN_S] * count, chunksize=1)
-    return min(float(count), sum(together) / alone)
-
-
-def _spin(seconds: float) -> float:
-    """Rounds of work like that of routers a second of CPU time: small products, and Python."""
-    torch.set_num_threads(1)
-    left = torch.randn(16, 256)
-    right = torch.randn(256, 512)
-    rounds, begun, until = 0, time.process_time(), time.monotonic() + seconds
-    while time.monotonic() < until:
-        for _ in range(20):
-            (left @ right).relu_().sum(-1).tolist()
-        rounds += 1
-    return rounds / (time.process_time() - begun)
 
 
 def machine(model: str) -> Machine:

@@ -17,7 +17,7 @@ from ..planning.assumptions import Assumption
 
 @dataclass(frozen=True, slots=True)
 class CpuConstants:
-    """Seconds of CPU time, on a core that nothing else slows down.
+    """Seconds of CPU time, as processes take them that share cores and caches with others.
 
     Attributes:
         step, step_token, step_row: a router's step outside its layers; for each token of it; for each row that is sampled.
@@ -30,9 +30,9 @@ class CpuConstants:
         host, host_expert, host_pair: a host, for each request; for each distinct expert in it; for each pair.
         front, front_token: front, proxy and client, for what a step produced; for each token of it.
         request, request_token: they again, for each request; for each token of its prompt.
-        wake: until a process that slept goes on, where its core slept too; time on the clock, and nobody's work.
+        wake: until a process that slept goes on with what it was handed; time on the clock, and nobody's work.
         background: cores that are busy whatever is asked: Ray, supervision, the system.
-        cores: how many cores' worth of work all cores together do when all are busy.
+        cores: how many cores' worth of work the machine gets done where processes share them; at most what it has.
     """
 
     step: float

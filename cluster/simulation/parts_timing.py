@@ -302,18 +302,16 @@ class LinkSamples:
 
     Attributes:
         router: CPU time of a router for sending a layer's tokens out and taking the answers in.
-        host: CPU time of one host for one request.
-        wait: time on the clock of a layer beyond the CPU time of the router and of one host.
+        host: CPU time of a host that is the only one, for one request.
     """
 
     router: list[Sample]
     host: list[Sample]
-    wait: list[float]
 
 
 def link_samples(parts: Parts, *, most_hosts: int = 3, layers: int = 60) -> LinkSamples:
     """Run layers through one to `most_hosts` hosts over shared memory, with as many experts as wanted in each."""
-    config, found = parts.config, LinkSamples([], [], [])
+    config, found = parts.config, LinkSamples([], [])
     secret = secrets.token_bytes(32)
     for count in range(1, most_hosts + 1):
         table = next_placement(config, [host_name(i) for i in range(count)], min_replicas=1, spare_slots=0)
@@ -357,10 +355,10 @@ def _time_links(
         for index in range(8):
             layer(index)
         before = {name: host.cpu_s() for name, host in hosts.items()}
-        own, begun = time.process_time(), time.monotonic()
+        own = time.process_time()
         for index in range(layers):
             layer(index)
-        own, clock = (time.process_time() - own) / layers, (time.monotonic() - begun) / layers
+        own = (time.process_time() - own) / layers
         taken = {name: (host.cpu_s() - before[name]) / layers for name, host in hosts.items()}
     asked = _asked(dispatch.table, chosen, moe_layers)
     pairs = tokens * top_k
@@ -369,9 +367,10 @@ def _time_links(
     rows = sum(rows for rows, _, _ in asked.values())
     exchanged = (rows + pairs) * config.hidden_size * item
     found.router.append(({"exchange": 2.0, "frame": frames, "frame_byte": exchanged}, own))
+    if len(hosts) > 1:
+        return  # hosts that compute at the same time slow each other down, which is no part of their work
     for name, (_, host_pairs, host_experts) in asked.items():
         found.host.append(({"host": 1.0, "host_expert": host_experts, "host_pair": host_pairs}, taken[name]))
-    found.wait.append(max(0.0, clock - own - max(taken[name] for name in asked)))
 
 
 def _asked(table: PlacementTable, chosen: np.ndarray, layers: Sequence[int]) -> dict[str, tuple[float, float, float]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -25,7 +26,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ SPREAD = 0.25
 """Lengths are drawn evenly from so much below to so much above, or all streams would go on in step."""
 
 SIMULATED_S = 60.0
+
+CORES_HALVINGS = 5
+"""Of the range that the number of shared cores is looked for in: to 3% of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +291,36 @@ def simulated(shape: Shape, load: Load, calibration: Calibration) -> float:
     return simulate(site, trace, Options(SIMULATED_S, WARM_S)).output_rate
 
 
+def with_shared_cores(calibration: Calibration, runs: Sequence[ServedRun]) -> Calibration:
+    """With as many cores as the calibration's own runs tell of: those that processes share do not give all that they have.
+
+    Two processes that are both runnable wake and evict each other, and on a virtual machine neighbours do. How much of the
+    cores is left is taken from the throughput under the loads of the calibration, all of them on average; none of those that
+    are compared with the simulation counts.
+    """
+    measured: dict[Load, list[float]] = {}
+    for one in runs:
+        measured.setdefault(Load(one.streams, one.prompt, one.answer), []).append(one.tokens / one.seconds)
+
+    def tried(cores: float) -> Calibration:
+        return replace(calibration, constants=replace(calibration.constants, cores=cores))
+
+    def too_fast(cores: float) -> float:
+        """Mean logarithm of simulated over measured; grows with the cores."""
+        return statistics.mean(
+            math.log(simulated(CALIBRATED, load, tried(cores)) / statistics.median(rates))
+            for load, rates in measured.items()
+        )
+
+    low, high = 1.0, calibration.constants.cores
+    if too_fast(high) <= 0:
+        return calibration
+    for _ in range(CORES_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_fast(middle) > 0 else (middle, high)
+    return tried((low + high) / 2)
+
+
 # ---- side by side -----------------------------------------------------------------------------------------------------
 
 
@@ -311,30 +345,30 @@ class Row:
         )
 
 
-def calibrated(seconds: float) -> tuple[Calibration, list[ServedRun]]:
-    """Measure the parts alone, and a server that is not compared with anything."""
-    with serving(CALIBRATED) as server:
-        runs = [run(server, CALIBRATED, load, seconds) for load in (None, *CALIBRATIONS)]
-    print("calibration: a server is measured, now the parts alone", flush=True)
-    deployment = Deployment.from_dict(CALIBRATED.deployment())
-    return calibrate(deployment, runs[0], runs[1:]), runs
-
-
-def compared(calibration: Calibration, rounds: int, seconds: float) -> list[Row]:
-    """Every shape under every load, once a round."""
+def measured(rounds: int, seconds: float, *, calibrating: bool) -> tuple[list[Row], list[ServedRun], list[ServedRun]]:
+    """Every shape under every load, and what is to calibrate by, once a round: the rows, idle runs, and those under load."""
     rows = {(shape, load): Row(shape, load) for shape, loads in CHECKED.items() for load in loads}
-    for number in range(rounds):
+    idle: list[ServedRun] = []
+    runs: list[ServedRun] = []
+    for number in range(1, rounds + 1):
+        if calibrating:
+            with serving(CALIBRATED) as server:
+                idle.append(run(server, CALIBRATED, None, seconds))
+                runs += [run(server, CALIBRATED, load, seconds) for load in CALIBRATIONS]
+            print(f"round {number}: calibration", *(f"{one.tokens / one.seconds:.1f}" for one in runs[-5:]), flush=True)
         for shape, loads in CHECKED.items():
             with serving(shape) as server:
                 for load in loads:
                     found = run(server, shape, load, seconds)
                     rows[shape, load].runs.append(found)
-                    print(
-                        f"round {number + 1}: {shape} {load}: {found.tokens / found.seconds:.1f} tokens/s", flush=True
-                    )
-    for row in rows.values():
-        row.simulated = simulated(row.shape, row.load, calibration)
-    return list(rows.values())
+                    print(f"round {number}: {shape} {load}: {found.tokens / found.seconds:.1f} tokens/s", flush=True)
+    return list(rows.values()), idle, runs
+
+
+def together(runs: Sequence[ServedRun]) -> ServedRun:
+    """Runs of the same as one long one."""
+    counted = ("seconds", "steps", "tokens", "prompts", "requests", "router_cpu", "host_cpu", "other_cpu")
+    return replace(runs[0], **{name: sum(getattr(one, name) for one in runs) for name in counted})
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -373,9 +407,10 @@ def main() -> int:
     options = parser.parse_args()
     result: dict[str, Any] = {}
     if not options.published:
-        served: list[ServedRun] = []
+        rows, idle, runs = measured(options.rounds, options.seconds, calibrating=options.calibration is None)
         if options.calibration is None:
-            calibration, served = calibrated(options.seconds)
+            calibration = calibrate(Deployment.from_dict(CALIBRATED.deployment()), together(idle), runs)
+            calibration = with_shared_cores(calibration, runs)
         else:
             calibration = Calibration.load(options.calibration)
         if options.save_calibration is not None:
@@ -384,10 +419,11 @@ def main() -> int:
         for name, value in asdict(calibration.constants).items():
             print(f"  {name:16} {value:12.4g}")
         print("relative errors of fits:", {name: round(missed, 4) for name, missed in calibration.residuals.items()})
-        rows = compared(calibration, options.rounds, options.seconds)
+        for row in rows:
+            row.simulated = simulated(row.shape, row.load, calibration)
         print_rows(rows)
         result["calibration"] = asdict(calibration)
-        result["calibration_runs"] = [asdict(one) for one in served]
+        result["calibration_runs"] = [asdict(one) for one in (*idle, *runs)]
         result["rows"] = [asdict(row) | {"measured": row.measured} for row in rows]
     if not options.machine:
         result["published"] = print_published()
