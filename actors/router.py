@@ -135,10 +135,13 @@ class Router:
             self._wake.notify()
 
     def set_link(self, host: str, link: Link) -> None:
-        """Use `link` for `host` from the next step on."""
+        """Use `link` for `host` from the next step on; where there will be none, it is closed."""
         with self._wake:
-            self._new_links.append((host, link))
-            self._wake.notify()
+            if not self._stopping:
+                self._new_links.append((host, link))
+                self._wake.notify()
+                return
+        link.close()
 
     @property
     def unlinked(self) -> list[str]:
@@ -148,11 +151,18 @@ class Router:
         return [host for host in self.dispatch.unlinked if host not in coming]
 
     def adopt(self, table: PlacementTable, links: Mapping[str, Link]) -> threading.Event:
-        """Use another placement from the next step on, with `links` to its new hosts; the event is set once it is in use."""
+        """Use another placement from the next step on, with `links` to its new hosts; the event is set once it is in use.
+
+        Where there will be no next step, the links are closed.
+        """
         adopted = threading.Event()
         with self._wake:
-            self._new_tables.append((table, dict(links), adopted))
-            self._wake.notify()
+            if not self._stopping:
+                self._new_tables.append((table, dict(links), adopted))
+                self._wake.notify()
+                return adopted
+        for link in links.values():
+            link.close()
         return adopted
 
     @property
@@ -220,6 +230,13 @@ class Router:
         else:
             self._shut("the router is shutting down")
         self.dispatch.close()
+        with self._wake:
+            unused = [link for _, link in self._new_links]
+            unused += [link for _, links, _ in self._new_tables for link in links.values()]
+            self._new_links.clear()
+            self._new_tables.clear()
+        for link in unused:
+            link.close()
 
     # ---- the router's own thread ------------------------------------------------------------------------------------
 

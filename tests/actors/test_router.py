@@ -25,6 +25,8 @@ from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
 from moray.model.weights import mlp_weights
 
+from .scripted_hosts import Clock, ScriptedHost
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -336,3 +338,14 @@ def test_an_idle_router_notices_a_lost_host(parts: EngineParts) -> None:
         time.sleep(0.01)
     assert router.stats().unreachable_experts == 8, "half of two layers' eight experts"
     assert "expert-host-1" in router.stats().broken_links[0]
+
+
+def test_links_that_come_too_late_are_closed(parts: EngineParts) -> None:
+    router = parts.engine()
+    late = [ScriptedHost("expert-host-0", router.dispatch.table, Clock()) for _ in range(4)]
+    router.set_link("expert-host-0", late[0])
+    router.adopt(parts.table(1, epoch=2), {"expert-host-0": late[1]})
+    router.stop()  # before there was a step to take them in
+    router.set_link("expert-host-0", late[2])
+    router.adopt(parts.table(1, epoch=3), {"expert-host-0": late[3]})
+    assert [link.closed for link in late] == [True] * 4
