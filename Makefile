@@ -26,15 +26,15 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/python -m moray.cluster.demo --port $(PORT) $(if $(ONCE),--once)
 
-# The test of many machines waits for Ray for most of its minutes: it runs beside those that need no Ray.
-# The numbers of the kernels once more: Triton decides when it is imported whether a process interprets or compiles them.
+# Beside the tests that need no Ray: that of many machines, which waits for Ray for most of its minutes, and the numbers of
+# the kernels once more, interpreted: Triton decides when it is imported whether a process interprets or compiles them.
 test: setup lint
 	mkdir -p build/tests
-	$(BIN)/python -m pytest -m machines >build/tests/machines.log 2>&1 & beside=$$!; \
+	($(BIN)/python -m pytest -m machines && TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/numerics) \
+		>build/tests/beside.log 2>&1 & beside=$$!; \
 	$(BIN)/python -m pytest -m 'not ray and not machines'; status=$$?; \
-	wait $$beside || status=$$?; cat build/tests/machines.log; exit $$status
+	wait $$beside || status=$$?; cat build/tests/beside.log; exit $$status
 	$(BIN)/python -m pytest -m ray
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/numerics
 
 lint: setup
 	$(BIN)/ruff check .
