@@ -34,7 +34,7 @@ test: setup lint
 		>build/tests/beside.log 2>&1 & beside=$$!; \
 	$(BIN)/python -m pytest -m 'not ray and not machines'; status=$$?; \
 	wait $$beside || status=$$?; cat build/tests/beside.log; exit $$status
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m 'ray and not machines'
 
 lint: setup
 	$(BIN)/ruff check .
