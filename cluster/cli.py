@@ -14,6 +14,7 @@ from .. import __version__
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import MorayError
 from .admin_cli import add_admin_commands
+from .deployment_flags import deployment_with
 from .doctor import add_doctor
 from .fetch_cli import add_fetch
 from .planning.cli import add_plan
@@ -119,8 +120,7 @@ def deployment_from(options: argparse.Namespace) -> Deployment:
     Raises:
         ConfigError: they do not describe one.
     """
-    raw: dict[str, Any] = Deployment.load(options.config).model_dump() if options.config else {}
-    paths = {
+    flags = {
         "model": options.model,
         "name": options.name,
         "device": options.device,
@@ -133,14 +133,7 @@ def deployment_from(options: argparse.Namespace) -> Deployment:
         "front.port": options.port,
         "front.api_key_file": options.api_key_file,
     }
-    for path, value in paths.items():
-        if value is not None:
-            *sections, key = path.split(".")
-            target = raw
-            for section in sections:
-                target = target.setdefault(section, {})
-            target[key] = value
-    return Deployment.from_dict(raw, source="moray serve")
+    return deployment_with(options.config, flags, source="moray serve")
 
 
 def _serve(options: argparse.Namespace) -> int:

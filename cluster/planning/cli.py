@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...configs.deployment import EMBEDDED_MODEL, Deployment
 from ...configs.errors import CheckpointError, ConfigError
 from ..argument_types import above_zero, at_least_one, zero_or_more
+from ..deployment_flags import deployment_with
 
 if TYPE_CHECKING:
     from ...model.config import ModelConfig
@@ -161,16 +162,11 @@ def _nodes(options: argparse.Namespace) -> tuple[NodeGroup, ...]:
 
 
 def _deployment(options: argparse.Namespace) -> Deployment:
-    raw: dict[str, Any] = Deployment.load(options.config).model_dump() if options.config else {}
-    given = {
-        ("routers", "replicas"): options.routers,
-        ("routers", "kv_cache"): options.kv_cache,
-        ("experts", "min_replicas"): options.min_replicas,
+    flags = {
+        "routers.replicas": options.routers,
+        "routers.kv_cache": options.kv_cache,
+        "experts.min_replicas": options.min_replicas,
+        "experts.cold.hosts": options.cold,
+        "experts.cold.slots": options.cold_slots,
     }
-    for (section, key), value in given.items():
-        if value is not None:
-            raw.setdefault(section, {})[key] = value
-    for key, value in (("hosts", options.cold), ("slots", options.cold_slots)):
-        if value is not None:
-            raw.setdefault("experts", {}).setdefault("cold", {})[key] = value
-    return Deployment.from_dict(raw, source="moray plan")
+    return deployment_with(options.config, flags, source="moray plan")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...configs.deployment import EMBEDDED_MODEL, Deployment
 from ...configs.errors import ConfigError
 from ..argument_types import above_zero, at_least_one
+from ..deployment_flags import deployment_with
 
 if TYPE_CHECKING:
     from ..planning.nodes import NodeGroup
@@ -232,26 +233,18 @@ def _nodes(options: argparse.Namespace) -> tuple[NodeGroup, ...]:
 
 
 def _deployment(options: argparse.Namespace) -> Deployment:
-    raw: dict[str, Any] = Deployment.load(options.config).model_dump() if options.config else {}
-    given = {
-        ("routers", "replicas"): options.routers,
-        ("routers", "kv_cache"): options.kv_cache,
-        ("routers", "max_running"): options.max_running,
-        ("routers", "token_budget"): options.token_budget,
-        ("experts", "min_replicas"): options.min_replicas,
-        ("experts", "spare_slots"): options.spare_slots,
+    scales = None if options.autoscale and options.config else bool(options.autoscale)  # None: as the file says
+    flags = {
+        "routers.replicas": options.routers,
+        "routers.kv_cache": options.kv_cache,
+        "routers.max_running": options.max_running,
+        "routers.token_budget": options.token_budget,
+        "experts.min_replicas": options.min_replicas,
+        "experts.spare_slots": options.spare_slots,
+        "autoscale.experts.enabled": scales,
+        "autoscale.routers.enabled": scales,
     }
-    for (section, key), value in given.items():
-        if value is not None:
-            raw.setdefault(section, {})[key] = value
-    scaling = raw.setdefault("autoscale", {})
-    for section in ("experts", "routers"):
-        policy = scaling.setdefault(section, {})
-        if not options.autoscale:
-            policy["enabled"] = False
-        elif not options.config:
-            policy["enabled"] = True
-    deployment = Deployment.from_dict(raw, source="moray simulate")
+    deployment = deployment_with(options.config, flags, source="moray simulate")
     policies = deployment.autoscale
     if options.autoscale and not (policies.experts.enabled or policies.routers.enabled):
         raise ConfigError(f"--autoscale: {options.config} enables neither autoscale.experts nor autoscale.routers")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def layer_samples(parts: Parts) -> list[Sample]:
         batch = _batch(step, parts.settings, config.vocab_size)
         tokens = len(batch.token_ids)
         layers = total - dense - 1
-        seconds = cpu_seconds(lambda: many.forward(batch)) - cpu_seconds(lambda: few.forward(batch))  # noqa: B023
+        seconds = cpu_seconds(partial(many.forward, batch)) - cpu_seconds(partial(few.forward, batch))
         seconds = seconds / layers - _shared_seconds(shared, tokens, parts)
         positions = sum(count * start + count * (count + 1) // 2 for start, count in step)
         rows, longest = sum(start + count for start, count in step), max(start + count for start, count in step)

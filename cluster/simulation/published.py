@@ -19,6 +19,7 @@ from ...actors.placement_table import PlacementTable
 from ...actors.router import RouterSettings
 from ...model.compute import Compute
 from ...model.config import ModelConfig
+from ...model.deepseek_v3 import DEEPSEEK_V3_JSON
 from ..assembly import host_name, router_name
 from ..placement_plan import HostSpec, plan_placement
 from ..planning.assumptions import Assumption
@@ -34,42 +35,7 @@ from .published_kernels import HOPPER, DeepEp, hopper
 from .skew import Skew
 from .trace import Closed, Fixed
 
-DEEPSEEK_V3 = ModelConfig.from_dict(
-    {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "first_k_dense_replace": 3,
-        "hidden_act": "silu",
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "kv_lora_rank": 512,
-        "max_position_embeddings": 163840,
-        "moe_intermediate_size": 2048,
-        "moe_layer_freq": 1,
-        "n_group": 8,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_attention_heads": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 61,
-        "num_nextn_predict_layers": 1,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 10000,
-        "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid",
-        "tie_word_embeddings": False,
-        "topk_group": 4,
-        "topk_method": "noaux_tc",
-        "v_head_dim": 128,
-        "vocab_size": 129280,
-    },
-    source="DeepSeek-V3",
-)
-"""V3's and R1's architecture, as far as it costs anything."""
+DEEPSEEK_V3 = ModelConfig.from_dict(DEEPSEEK_V3_JSON, source="DeepSeek-V3")
 
 GPUS_PER_NODE = 8
 
