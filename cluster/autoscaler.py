@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..configs.deployment import Autoscale, ExpertScaling, RouterScaling
+from ..configs.autoscale import Autoscale, ExpertScaling, RouterScaling
 from .changes import Wanted
 from .layer_plan import MIN_GAIN
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from ...actors.front_channel import OF_ROUTERS
 from ...actors.placement_table import EMPTY, PlacementTable
 from ...actors.router import RouterSettings
-from ...configs.deployment import Autoscale, Deployment
+from ...configs.autoscale import Autoscale
+from ...configs.deployment import Deployment
 from ...configs.errors import ConfigError
 from ...model.config import ModelConfig
 from ..planning import assumptions

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moray.cluster.autoscaler import Autoscaler, Decision, Observation, hosts_needed, routers_needed
 from moray.cluster.changes import Wanted
-from moray.configs.deployment import Autoscale, ExpertScaling, RouterScaling
+from moray.configs.autoscale import Autoscale, ExpertScaling, RouterScaling
 
 EXPERTS = ExpertScaling(
     enabled=True, min_hosts=1, max_hosts=8, up_after_s=10, down_after_s=60, cooldown_s=30, rebalance_below=0.8

@@ -10,7 +10,7 @@ from moray.cluster.simulation.engine import Options, simulate
 from moray.cluster.simulation.measure import Result
 from moray.cluster.simulation.skew import Skew
 from moray.cluster.simulation.trace import Arrival, Closed, Fixed, Listed, Trace
-from moray.configs.deployment import Autoscale
+from moray.configs.autoscale import Autoscale
 
 from .simulation_sites import RECOVERY, PlainCosts, small_site
 
