@@ -118,8 +118,8 @@ def write_random_checkpoint(
         seed: chooses the values, with the tensor's name.
         tied: the head is the embedding.
         mtp: add one MTP module, stored as layer `num_hidden_layers`.
-        draw_codes: with "fp8", draw e4m3 codes and scales themselves: other values, as large, and written several times as
-            fast, which counts for layers of DeepSeek-R1's width.
+        draw_codes: draw e4m3 codes and scales themselves: other values, as large, and written several times as fast, which
+            counts for layers of DeepSeek-R1's width. A "bfloat16" checkpoint then holds the decoded values of the "fp8" one.
 
     Returns:
         `path`.
@@ -146,8 +146,9 @@ def write_random_checkpoint(
     batch: dict[str, torch.Tensor] = {}
     in_batch = 0
     for tensor in expected:
-        if draw_codes and _is_fp8(tensor, dtype):
-            batch |= _random_codes(tensor, seed)
+        if draw_codes and dtype != "float32" and _is_fp8(tensor, "fp8"):
+            drawn = _random_codes(tensor, seed)
+            batch |= drawn if dtype == "fp8" else {tensor.name: _decoded(tensor, drawn)}
         else:
             batch |= _stored(tensor, _random_values(tensor, seed, tied=config.tie_word_embeddings), dtype)
         in_batch += math.prod(tensor.shape)
@@ -317,6 +318,10 @@ def _random_codes(tensor: ExpectedTensor, seed: int) -> dict[str, torch.Tensor]:
         tensor.name: torch.from_numpy(codes).view(torch.float8_e4m3fn).reshape(tensor.shape),
         tensor.scale_name: torch.from_numpy(scale.astype(np.float32)),
     }
+
+
+def _decoded(tensor: ExpectedTensor, drawn: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return dequantize_blocks(drawn[tensor.name], drawn[tensor.scale_name], torch.bfloat16)
 
 
 def _read_all(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
