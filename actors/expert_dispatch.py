@@ -79,7 +79,7 @@ class ExpertDispatch:
         self.expert_tokens: IntArray = np.zeros((table.layers, table.experts), dtype=np.int64)
         self.wait_s = 0.0
         self.resent_shares = self.hedged_shares = self.fenced_hosts = 0
-        self._routes = Routes(table)
+        self._use_routes(table)
         self._look_for_unreachable()
 
     # ---- hosts and tables: between steps ----------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class ExpertDispatch:
         assert table.epoch > self.table.epoch, (table.epoch, self.table.epoch)
         assert (table.layers, table.experts) == self.expert_tokens.shape, "of the same model"
         self.table = table
-        self._routes = Routes(table)
+        self._use_routes(table)
         for host in [host for host in self._lines if host not in table.slots]:
             self._lines.pop(host).link.close()
         self.broken = {host: why for host, why in self.broken.items() if host in table.slots}
@@ -198,8 +198,8 @@ class ExpertDispatch:
 
         In the order in which they are due: then each one's time is its own, and none is held to be late for another.
         """
-        lines = [line for line in self._lines.values() if any(map(claim.wants, line.shares_of(claim)))]
-        lines.sort(key=lambda line: (line.late, line.due))
+        lines = [line for line in self._lines.values() if line.is_wanted_by(claim)]
+        lines.sort(key=_late_and_due)
         return bool(lines) and all(self._receive(line, _LOOK_ROUND_S) for line in lines)
 
     def _attend(self) -> None:
@@ -262,6 +262,14 @@ class ExpertDispatch:
         Raises:
             ExpertsUnavailableError: a pair can be asked of nobody any more; the claim is closed then.
         """
+        if not claim.asked:
+            lines = len(self._lines)
+            routes = self._routes.of_layer(claim.layer, self._askable(claim, IF_NEED_BE))
+            if routes.complete:  # else perhaps none of the others is asked for
+                self._ask(claim, None, routes)
+                claim.asked = True
+                if len(self._lines) == lines:
+                    return
         while claim.left:
             lines = len(self._lines)
             asked, perhaps = self._asked(claim)
@@ -278,6 +286,7 @@ class ExpertDispatch:
             if len(hedged):
                 routes = self._routes.of_layer(claim.layer, self._askable(claim, NO))
                 hedged = hedged[routes.count[claim.experts[hedged]] > 0]
+                claim.hedged = claim.hedged or len(hedged) > 0
                 self.hedged_shares += self._ask(claim, hedged, routes)
             if len(self._lines) == lines:
                 return  # else a host was lost while it was being asked
@@ -293,41 +302,53 @@ class ExpertDispatch:
 
     def _askable(self, claim: PendingExperts, avoided: int) -> tuple[int, ...]:
         """For each host of the routes whether it can be asked; `avoided` for those that are late or refuse."""
+        now, lines, refused = self._clock(), self._lines, claim.refused
+        levels = []
+        for host, at_best in self._at_best:
+            line = lines.get(host)
+            if line is None or host in refused:
+                levels.append(NO)
+            elif line.late or now < line.refused_until:
+                levels.append(avoided)
+            else:
+                levels.append(IF_NEED_BE if now < line.slow_until else at_best)
+        return tuple(levels)
 
-        def askable(host: str) -> int:
-            line = self._lines.get(host)
-            if line is None or host in claim.refused:
-                return NO
-            if line.to_be_avoided:
-                return avoided
-            return IF_NEED_BE if line.slow else IF_NOT_ELSEWHERE if is_cold(host) else YES
-
-        return tuple(map(askable, self._routes.hosts))
-
-    def _ask(self, claim: PendingExperts, pairs: IntArray, routes: LayerRoutes) -> int:
-        """Ask for pairs [P], all of which have a route, one share for each host; how many shares.
+    def _ask(self, claim: PendingExperts, pairs: IntArray | None, routes: LayerRoutes) -> int:
+        """Ask for pairs [P], or for all, all of which have a route, one share for each host; how many shares.
 
         Hosts that are lost meanwhile are dropped, and their shares with them.
         """
-        if not len(pairs):
-            return 0
-        experts = claim.experts[pairs]
-        load = claim.load if len(pairs) == len(claim.experts) else None
-        replica = choose_replicas(experts, routes.hosts, routes.count, load=load)
-        hosts, slots = routes.hosts[replica, experts], routes.slots[replica, experts]
+        experts = claim.experts if pairs is None else claim.experts[pairs]
+        if routes.single:
+            keys = routes.keys[0, experts]
+        else:
+            load = claim.load if pairs is None else None
+            keys = routes.keys[choose_replicas(experts, routes.hosts, routes.count, load=load), experts]
         # One stable sort groups the pairs by host and, within a host, by slot with tokens ascending.
-        order = np.argsort(hosts * (int(slots.max()) + 1) + slots, kind="stable")
-        present, begin = np.unique(hosts[order], return_index=True)
-        for index, chosen in zip(present.tolist(), np.split(order, begin[1:]), strict=True):
+        order = keys.argsort(kind="stable")
+        keys = keys[order]
+        ends = keys.searchsorted(self._routes.first_keys).tolist()
+        slots = keys % routes.width
+        sorted_pairs = order if pairs is None else pairs[order]
+        shares = 0
+        for host, begin, end in zip(self._routes.hosts, ends, ends[1:], strict=False):
+            if begin == end:
+                continue
+            shares += 1
             self._sequence += 1
-            line = self._lines[self._routes.hosts[index]]
+            line = self._lines[host]
             try:
-                line.post(Share(line.host, claim, pairs[chosen], slots[chosen], self._sequence))
+                line.post(Share(host, claim, sorted_pairs[begin:end], slots[begin:end], self._sequence))
             except LinkError as error:
                 self._drop(line, error)
-        return len(present)
+        return shares
 
     # ---- links ------------------------------------------------------------------------------------------------------
+
+    def _use_routes(self, table: PlacementTable) -> None:
+        self._routes = Routes(table)
+        self._at_best = [(host, IF_NOT_ELSEWHERE if is_cold(host) else YES) for host in self._routes.hosts]
 
     def _line(self, host: str, link: Link) -> HostLine:
         return HostLine(host, link, reply_timeout_s=self._reply_timeout_s, clock=self._clock)
@@ -362,3 +383,7 @@ class ExpertDispatch:
             return ExpertsUnavailableError("; ".join(claim.refused.values()))
         lost = "; ".join(self.broken.values()) or "no link to " + ", ".join(self.unlinked)
         return ExpertsUnavailableError(f"{self._unreachable} (layer, expert) pairs have no reachable replica: {lost}")
+
+
+def _late_and_due(line: HostLine) -> tuple[bool, float]:
+    return line.late, line.due

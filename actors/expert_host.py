@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -24,6 +24,7 @@ from .deadline import Deadline
 from .expert_loading import ExpertLoader
 from .held_experts import HeldExperts
 from .links import Frame, InlineLink, Link, LinkAddress, LinkKind, Listener, listen
+from .links.base import TensorForm
 from .links.wire import MAX_PAYLOAD_BYTES
 from .model_files import ModelFiles
 from .moe_frames import Kind, MoeHeader, check_pairs
@@ -42,6 +43,9 @@ _READS_BESIDE_SERVING = 1
 
 _REPLY_TIMEOUT_S = 10.0
 """A router that does not take a reply for this long is treated as gone: its own step waits for it with nothing else to do."""
+
+Room: TypeAlias = Callable[[tuple[TensorForm, ...]], tuple[torch.Tensor, ...] | None]
+"""What `Link.prepare` is without its deadline."""
 
 _COMPUTED_IN = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -191,27 +195,29 @@ class ExpertHost:
         self._check_named("serve")
         router_end, host_end = InlineLink.pair(router, self.host_id)
 
-        def answer() -> None:
-            header, tensors = self.handle(host_end.recv(deadline=Deadline.after(_REPLY_TIMEOUT_S)))
-            host_end.send(header, tensors, deadline=Deadline.after(_REPLY_TIMEOUT_S))
-
-        host_end.drive(answer)
+        host_end.drive(lambda: self._answer(host_end))
         with self._lock:
             self._links.add(host_end)
         return router_end
 
-    def handle(self, frame: Frame) -> tuple[bytes, list[torch.Tensor]]:
+    def handle(self, frame: Frame, room: Room | None = None) -> tuple[bytes, Sequence[torch.Tensor]]:
         """The reply to one request frame: header and tensors. What the request did wrong is answered, not raised.
+
+        Args:
+            frame: the request.
+            room: asked for memory that outputs are written into, if it has any; see `Link.prepare`.
 
         Raises:
             ValueError: the header is none, so that there is nobody to answer.
+            LinkError: `room` did.
         """
         header = MoeHeader.unpack(frame.header)
+        answer: Sequence[torch.Tensor]
         try:
             if header.kind is Kind.FETCH:
                 kind, answer = Kind.WEIGHTS, give(self._held.find, header.layer, frame.tensors)
             else:
-                kind, answer = Kind.DONE, [self._run(header, frame.tensors)]
+                kind, answer = Kind.DONE, self._run(header, frame.tensors, room)
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             # Who asked must hear of it whatever went wrong, and the others must not suffer.
             explains_itself = isinstance(error, ValueError)
@@ -220,7 +226,7 @@ class ExpertHost:
             return MoeHeader(Kind.FAILED, header.layer, header.epoch, header.sequence, reason).pack(), []
         return MoeHeader(kind, header.layer, header.epoch, header.sequence).pack(), answer
 
-    def _run(self, header: MoeHeader, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _run(self, header: MoeHeader, tensors: Sequence[torch.Tensor], room: Room | None) -> Sequence[torch.Tensor]:
         if header.kind is not Kind.WORK or len(tensors) != 2:
             raise ValueError(f"expected WORK with 2 tensors, got {header.kind.name} with {len(tensors)}")
         experts = self._held.layer(header.epoch, header.layer)
@@ -229,16 +235,23 @@ class ExpertHost:
             shapes = f"{list(hidden_states.shape)} and {list(pairs.shape)} {pairs.dtype}"
             raise ValueError(f"expected [T, H] and [2, P] torch.int32, got {shapes}")
         _check_sizes(hidden_states, pairs, experts)
-        device = self.compute.device
+        device, dtype = self.compute.device, hidden_states.dtype
         if device.type == "cuda" and not pairs.is_cuda:
             check_pairs(pairs, hidden_states.shape[0])  # on the GPU nobody will
+        count = pairs.shape[1]
+        out: tuple[torch.Tensor, ...] | None = None
+        if room is not None and device.type == "cpu" and dtype == self.compute.dtype:
+            out = room(((dtype, (count, hidden_states.shape[1])),))
         with self._one_at_a_time, torch.inference_mode():
             rows, slots = pairs.to(device).unbind()
             own = hidden_states.to(device=device, dtype=self.compute.dtype)
             with self._busy.measured():
-                outputs = grouped_mlp(own, rows, slots, experts).to(hidden_states.dtype)
-            self._pairs += rows.shape[0]
-            return outputs
+                if out is None:
+                    out = (grouped_mlp(own, rows, slots, experts).to(dtype),)
+                else:
+                    grouped_mlp(own, rows, slots, experts, out=out[0])
+            self._pairs += count
+        return out
 
     def stop(self) -> None:
         """Stop listening, drop every link and wait for the threads; loads end with an error. Idempotent."""
@@ -281,12 +294,21 @@ class ExpertHost:
                 logger.info("%s: linked to %s over %s", self.host_id, link.peer, link.kind)
                 self.attach(link)
 
+    def _answer(self, link: Link) -> None:
+        """Take a request and answer it."""
+        deadline = Deadline.after(_REPLY_TIMEOUT_S)
+
+        def room(forms: tuple[TensorForm, ...]) -> tuple[torch.Tensor, ...] | None:
+            return link.prepare(forms, deadline=deadline)
+
+        header, tensors = self.handle(link.recv(deadline=deadline), room)
+        link.send(header, tensors, deadline=Deadline.after(_REPLY_TIMEOUT_S))
+
     def _serve(self, link: Link) -> None:
         try:
             while not self._stopping.is_set():
                 if link.wait(deadline=Deadline.after(_IDLE_POLL_S)):
-                    header, tensors = self.handle(link.recv(deadline=Deadline.after(_REPLY_TIMEOUT_S)))
-                    link.send(header, tensors, deadline=Deadline.after(_REPLY_TIMEOUT_S))
+                    self._answer(link)
         except LinkError as error:
             if not self._stopping.is_set():
                 logger.info("%s: %s", self.host_id, error)

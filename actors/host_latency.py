@@ -47,7 +47,11 @@ class HostLatency:
 
     def record(self, pairs: int, seconds: float) -> None:
         """One reply for `pairs` pairs took so long."""
-        self._by_size.setdefault(_size(pairs), _Window()).add(seconds)
+        size = _size(pairs)
+        window = self._by_size.get(size)
+        if window is None:
+            window = self._by_size[size] = _Window()
+        window.add(seconds)
         if self._all.add(seconds):
             self.median_s = self._all.quantile(0.5)
 
@@ -58,9 +62,10 @@ class HostLatency:
         bound it.
         """
         size = _size(pairs)
+        own = self._by_size.get(size)
+        if own is not None and own.seen >= _ENOUGH:
+            return own.usual
         known = {s: window.usual for s, window in self._by_size.items() if window.seen >= _ENOUGH}
-        if size in known:
-            return known[size]
         larger = min((s for s in known if s > size), default=None)
         smaller = max((s for s in known if s < size), default=None)
         bounds = [] if larger is None else [known[larger]]

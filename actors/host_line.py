@@ -39,6 +39,8 @@ class HostLine:
         owed: shares that were sent and not answered, in order.
         due: when the first of them should have been answered; infinity if nothing is owed. For any thread.
         late: it was found to be past `due`; cleared by its next reply. For any thread.
+        refused_until: it refused its last work: as if it is late, others should be asked until then, where there are any.
+        slow_until: it was late lately, or slow: it answers, but others should be asked first until then.
         last_s: how long its last reply took.
     """
 
@@ -54,27 +56,24 @@ class HostLine:
         self._reply_timeout_s = reply_timeout_s
         self._clock = clock
         self._waiting_since = -math.inf  # silence counts from here: the first share's sending, or the reply before it
-        self._refused_until = self._slow_until = -math.inf
+        self.refused_until = self.slow_until = -math.inf
         self._spared_s = 0.0  # the last time it was late
 
     def shares_of(self, claim: PendingExperts) -> Iterator[Share]:
         """What the host was asked for of one layer and has not answered."""
         return (share for share in chain(self.owed, self._queued) if share.claim is claim)
 
+    def is_wanted_by(self, claim: PendingExperts) -> bool:
+        """Whether the host was asked for pairs of one layer that are open still."""
+        for share in self.owed:
+            if share.claim is claim and claim.wants(share):
+                return True
+        return any(share.claim is claim and claim.wants(share) for share in self._queued)
+
     @property
     def needed(self) -> bool:
         """Whether a step waits for what the host owes."""
         return any(share.claim.wants(share) for share in chain(self.owed, self._queued))
-
-    @property
-    def to_be_avoided(self) -> bool:
-        """Whether others should be asked where there are any: it is late, or refused its last work."""
-        return self.late or self._clock() < self._refused_until
-
-    @property
-    def slow(self) -> bool:
-        """Whether it was late lately: it answers, but others should be asked first."""
-        return self._clock() < self._slow_until
 
     @property
     def silent_s(self) -> float:
@@ -107,8 +106,9 @@ class HostLine:
             share = self._queued.popleft()
             if not share.claim.wants(share):
                 continue
-            header = MoeHeader(Kind.WORK, share.claim.layer, share.claim.epoch, share.sequence).pack()
-            self.link.send(header, share.claim.frame(share), deadline=Deadline.after(self._reply_timeout_s))
+            claim, deadline = share.claim, Deadline.after(self._reply_timeout_s)
+            header = MoeHeader(Kind.WORK, claim.layer, claim.epoch, share.sequence).pack()
+            self.link.send(header, claim.frame(share, self.link, deadline=deadline), deadline=deadline)
             share.sent_at = self._clock()
             self.owed.append(share)
             if len(self.owed) == 1:
@@ -149,15 +149,15 @@ class HostLine:
     def spare(self) -> None:
         """It was late, or far slower than others: let those be asked first, for longer each time that it happens again."""
         now, (first, longest) = self._clock(), _SPARE_AFTER_LATE_S
-        if now < self._slow_until:
+        if now < self.slow_until:
             return
-        again = now < self._slow_until + longest
+        again = now < self.slow_until + longest
         self._spared_s = min(longest, 2 * self._spared_s) if again else first
-        self._slow_until = now + self._spared_s
+        self.slow_until = now + self._spared_s
 
     def refused(self) -> None:
         """The host has just refused its work: let others be asked for some time."""
-        self._refused_until = self._clock() + _SPARE_AFTER_REFUSAL_S
+        self.refused_until = self._clock() + _SPARE_AFTER_REFUSAL_S
 
     def excuse(self, seconds: float) -> None:
         """Do not count so much of the silence so far: this process was held up itself, and could not have heard anything."""

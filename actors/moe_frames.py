@@ -19,8 +19,8 @@ that the reply repeats, so that a late answer can never be taken for another one
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 
@@ -39,8 +39,10 @@ class Kind(IntEnum):
     WEIGHTS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class MoeHeader:
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class MoeHeader(NamedTuple):
     """Header of every frame; `reason` is empty but for FAILED."""
 
     kind: Kind
@@ -51,8 +53,8 @@ class MoeHeader:
 
     def pack(self) -> bytes:
         """As bytes; an over-long reason is cut."""
-        reason = self.reason.encode()[: MAX_HEADER_BYTES - _HEADER.size]
-        return _HEADER.pack(self.kind, self.layer, self.epoch, self.sequence) + reason
+        packed = _HEADER.pack(self.kind, self.layer, self.epoch, self.sequence)
+        return packed + self.reason.encode()[: MAX_HEADER_BYTES - _HEADER.size] if self.reason else packed
 
     @classmethod
     def unpack(cls, data: bytes) -> MoeHeader:
@@ -64,7 +66,8 @@ class MoeHeader:
         if len(data) < _HEADER.size:
             raise ValueError(f"{len(data)} bytes are too few for an expert header of {_HEADER.size}")
         kind, layer, epoch, sequence = _HEADER.unpack_from(data)
-        return cls(Kind(kind), layer, epoch, sequence, data[_HEADER.size :].decode(errors="replace"))
+        reason = data[_HEADER.size :].decode(errors="replace") if len(data) > _HEADER.size else ""
+        return cls(_KINDS.get(kind) or Kind(kind), layer, epoch, sequence, reason)
 
 
 def check_pairs(pairs: torch.Tensor, tokens: int) -> None:

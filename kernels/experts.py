@@ -76,7 +76,12 @@ def swiglu_mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
 
 
 def grouped_mlp(
-    hidden_states: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, weights: ExpertWeights
+    hidden_states: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    weights: ExpertWeights,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run each (token, expert) pair through its expert.
 
@@ -85,6 +90,7 @@ def grouped_mlp(
         rows: [P] integers, the token of each pair.
         slots: [P] integers in ascending order, the slot of each pair; only slots that occur are read.
         weights: the MLP in each slot.
+        out: where to write the result, if anywhere: [P, H] in hidden_states' dtype, contiguous.
 
     Returns:
         [P, H] in hidden_states' dtype, in the order of the pairs; each row has the bits of `swiglu_mlp` of it alone.
@@ -94,10 +100,10 @@ def grouped_mlp(
             device: an empty slot gives NaN, a slot past the last one rows of undefined contents, and rows must be in range.
     """
     if not uses_triton(hidden_states, rows, slots):
-        return grouped_mlp_reference(hidden_states, rows, slots, weights)
+        return grouped_mlp_reference(hidden_states, rows, slots, weights, out=out)
     pairs = rows.shape[0]
     if pairs == 0:
-        return torch.empty_like(hidden_states[:0])
+        return torch.empty_like(hidden_states[:0]) if out is None else out
     if weights.tables is None:
         raise ValueError(f"{pairs} pairs, but no expert on {hidden_states.device}")
     gate_up, down = weights.tables
@@ -106,16 +112,20 @@ def grouped_mlp(
     x = quantize_rows(hidden_states) if gate_up.quantized else hidden_states.contiguous()
     product = grouped_gemm(x, rows, gate_up, schedule, pairs, tile, hidden_states.dtype)
     middle = silu_mul_quantize(product) if down.quantized else silu_mul(product)
-    return grouped_gemm(middle, None, down, schedule, pairs, tile, hidden_states.dtype)
+    outputs = grouped_gemm(middle, None, down, schedule, pairs, tile, hidden_states.dtype)
+    return outputs if out is None else out.copy_(outputs)
 
 
 def grouped_mlp_reference(
-    hidden_states: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, weights: Mapping[int, MlpWeights]
+    hidden_states: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    weights: Mapping[int, MlpWeights],
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`grouped_mlp` one expert at a time."""
-    output = torch.empty(
-        (rows.shape[0], hidden_states.shape[1]), dtype=hidden_states.dtype, device=hidden_states.device
-    )
+    output = hidden_states.new_empty((rows.shape[0], hidden_states.shape[1])) if out is None else out
     present, counts = torch.unique_consecutive(slots, return_counts=True)
     gathered = hidden_states.index_select(0, rows)
     start = 0

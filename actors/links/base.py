@@ -17,13 +17,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
 from ..deadline import Deadline
 
 LinkKind = Literal["inline", "shm", "gloo", "nccl"]
+
+TensorForm: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
 
 MAX_HEADER_BYTES = 4096
 """Headers carry counts and ids, never payload; a larger one is a bug, and a `ValueError` before anything is sent."""
@@ -68,6 +71,25 @@ class Link(ABC):
     """Identity the peer gave in the handshake, e.g. `expert-host-2`; named in every error."""
 
     kind: LinkKind
+
+    def prepare(self, forms: tuple[TensorForm, ...], *, deadline: Deadline) -> tuple[torch.Tensor, ...] | None:
+        """Memory that the next frame's tensors can be written into, so that `send` need not copy them.
+
+        To be filled and given to `send` as they are, in this very tuple, before anything else is sent; or else forgotten.
+        What they hold before is undefined. They are on the CPU.
+
+        Args:
+            forms: dtype and shape of each tensor.
+            deadline: as that of `send`, which may have to wait for the memory of earlier frames.
+
+        Returns:
+            The tensors, or None where the link has no such memory: then any tensors are as good.
+
+        Raises:
+            ValueError, PeerDiedError, PeerTimeoutError: as `send`.
+        """
+        del forms, deadline
+        return None
 
     @abstractmethod
     def send(self, header: bytes, tensors: Sequence[torch.Tensor], *, deadline: Deadline) -> None:

@@ -58,10 +58,17 @@ class InlineLink(GuardedLink):
             self._handler = handler
             self._changed.notify_all()
 
+    def _prepare(self, payload: Payload, _: Deadline) -> tuple[torch.Tensor, ...]:
+        with torch.inference_mode(False):
+            return tuple([torch.empty(spec.shape, dtype=spec.dtype) for spec in payload.specs])
+
     def _send(self, header: bytes, tensors: Sequence[torch.Tensor], _: Payload, deadline: Deadline) -> None:
-        # Normal tensors whatever the sender's mode: the receiver may use them outside of inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+        if tensors is self._prepared:
+            copies = self._prepared  # the sender's no more
+        else:
+            # Normal tensors whatever the sender's mode: the receiver may use them outside of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                copies = tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
         other = self._other
         with self._changed:
             if not self._await(lambda: other._gone or len(other._inbox) < FRAMES_IN_FLIGHT, deadline):

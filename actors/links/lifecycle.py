@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
 from ...configs.errors import LinkError, PeerDiedError
 from ..deadline import Deadline
-from .base import Frame, Link, LinkKind
-from .wire import Payload, check_header, plan_payload
+from .base import Frame, Link, LinkKind, TensorForm
+from .wire import Payload, check_header, plan_forms, plan_payload
 
 
 class GuardedLink(Link):
-    """A `Link` whose subclasses only move frames: `_send`, `_recv`, `_wait`, `_check`, `_shut`, `_release`."""
+    """A `Link` whose subclasses only move frames: `_send`, `_recv`, `_wait`, `_check`, `_shut`, `_release`.
+
+    And `_prepare`, where they have memory that a frame can be written into at once.
+    """
 
     def __init__(self, kind: LinkKind, peer: str) -> None:
         self.kind = kind
@@ -30,38 +32,85 @@ class GuardedLink(Link):
         self._closing = False
         self._released = False
         self._broken: LinkError | None = None
+        self._prepared: tuple[torch.Tensor, ...] | None = None
+        self._prepared_payload: Payload | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closing else "broken" if self._broken else "open"
         return f"<{type(self).__name__} {self.kind} to {self.peer}, {state}>"
 
+    def prepare(self, forms: tuple[TensorForm, ...], *, deadline: Deadline) -> tuple[torch.Tensor, ...] | None:
+        """See `Link.prepare`. Forms outside the format's limits are a `ValueError` and leave the link as it was."""
+        payload = plan_forms(forms)
+        self._begin()
+        try:
+            self._prepared = self._prepare(payload, deadline)
+            self._prepared_payload = payload
+            return self._prepared
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._end()
+
     def send(self, header: bytes, tensors: Sequence[torch.Tensor], *, deadline: Deadline) -> None:
         """See `Link.send`. A frame outside the format's limits is a `ValueError` and leaves the link as it was."""
         check_header(header)
-        payload = plan_payload(tensors)
-        with self._operation():
+        payload = self._prepared_payload if tensors is self._prepared else plan_payload(tensors)
+        assert payload is not None, "made by `prepare`"
+        self._begin()
+        try:
             self._send(header, tensors, payload, deadline)
+            self._prepared = None
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._end()
 
     def recv(self, *, deadline: Deadline) -> Frame:
         """See `Link.recv`."""
-        with self._operation():
+        self._begin()
+        try:
             return self._recv(deadline)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._end()
 
     def wait(self, *, deadline: Deadline) -> bool:
         """See `Link.wait`."""
-        with self._operation():
+        self._begin()
+        try:
             return self._wait(deadline)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._end()
 
     def check(self) -> None:
         """See `Link.check`."""
-        with self._operation():
+        self._begin()
+        try:
             self._check()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._end()
 
     def close(self) -> None:
         """See `Link.close`."""
         self._closing = True
         self._shut()
         self._release_if_idle()
+
+    def _prepare(self, payload: Payload, deadline: Deadline, /) -> tuple[torch.Tensor, ...] | None:
+        """Memory for the next frame's tensors; None where there is none. `_send` gets this very tuple if it was used."""
+        del payload, deadline
+        return None
 
     @abstractmethod
     def _send(self, header: bytes, tensors: Sequence[torch.Tensor], payload: Payload, deadline: Deadline, /) -> None:
@@ -87,41 +136,40 @@ class GuardedLink(Link):
     def _release(self) -> None:
         """Free what the link holds. Called once, after `_shut`, with no operation in progress."""
 
-    @contextmanager
-    def _operation(self) -> Iterator[None]:
+    # Each operation is `_begin`, then what it does, with `_fail` for whatever that raises, then `_end`: written out, as a
+    # context manager would cost more than all the rest of a check.
+
+    def _begin(self) -> None:
         if not self._busy.acquire(blocking=False):
             if self._closing:  # it is `close` in another thread that holds the lock
                 raise self._closed_error()
             raise RuntimeError(
                 f"link to {self.peer} is in use by another thread: an end belongs to one thread at a time"
             )
-        try:
-            if self._closing:
+        if self._closing or self._broken is not None:
+            self._end()
+            if self._broken is None or self._closing:
                 raise self._closed_error()
-            if self._broken is not None:
-                raise type(self._broken)(self.peer, f"is broken; {self._reason(self._broken)}")
-            try:
-                yield
-            except LinkError as error:
-                if self._closing:  # the wait ended because of our own close, whatever it looked like from inside
-                    raise self._closed_error() from error
-                self._break(error)
-                raise
-            except OSError as error:
-                if self._closing:
-                    raise self._closed_error() from error
-                died = PeerDiedError(self.peer, f"connection lost ({error.strerror or error})")
-                self._break(died)
-                raise died from error
-            except BaseException as error:
-                # Interrupted half-way (KeyboardInterrupt, out of memory): the two ends no longer agree on where they
-                # are.
-                self._break(LinkError(self.peer, f"an operation was interrupted by {type(error).__name__}"))
-                raise
-        finally:
-            self._busy.release()
-            if self._closing:
-                self._release_if_idle()
+            raise type(self._broken)(self.peer, f"is broken; {self._reason(self._broken)}")
+
+    def _fail(self, error: BaseException) -> None:
+        """Break the link because of what an operation raised. Raises what stands for it where that is something else."""
+        if isinstance(error, LinkError | OSError) and self._closing:
+            raise self._closed_error() from error  # the wait ended because of our own close, whatever it looked like
+        if isinstance(error, LinkError):
+            self._break(error)
+        elif isinstance(error, OSError):
+            died = PeerDiedError(self.peer, f"connection lost ({error.strerror or error})")
+            self._break(died)
+            raise died from error
+        else:
+            # Interrupted half-way (KeyboardInterrupt, out of memory): the two ends no longer agree on where they are.
+            self._break(LinkError(self.peer, f"an operation was interrupted by {type(error).__name__}"))
+
+    def _end(self) -> None:
+        self._busy.release()
+        if self._closing:
+            self._release_if_idle()
 
     def _break(self, error: LinkError) -> None:
         self._broken = error
@@ -139,6 +187,7 @@ class GuardedLink(Link):
             try:
                 if not self._released:
                     self._released = True
+                    self._prepared = None
                     self._release()
             finally:
                 self._busy.release()

@@ -63,14 +63,24 @@ class ShmLink(GuardedLink):
         self._arrived = 0
         self._pending: deque[tuple[Message, Arena | None]] = deque()
 
+    def _prepare(self, payload: Payload, deadline: Deadline) -> tuple[torch.Tensor, ...] | None:
+        arena = self._room_for(payload, deadline)
+        return None if arena is None else arena.tensors(self._sent, payload)
+
     def _send(self, header: bytes, tensors: Sequence[torch.Tensor], payload: Payload, deadline: Deadline) -> None:
-        self._wait_for_slot(deadline)
-        if payload.nbytes:
-            if self._outgoing is None or self._outgoing.slot_bytes < payload.nbytes:
-                self._outgoing = self._offer_arena(slot_bytes_for(payload.nbytes), deadline)
-            write_payload(self._outgoing.slot(self._sent), payload, tensors)
+        if tensors is not self._prepared:
+            arena = self._room_for(payload, deadline)
+            if arena is not None:
+                write_payload(arena.slot(self._sent), payload, tensors)
         self._packets.send(encode(MessageType.FRAME, self._sent, header, payload), deadline=deadline)
         self._sent += 1
+
+    def _room_for(self, payload: Payload, deadline: Deadline) -> Arena | None:
+        """The arena whose next slot is free and takes the payload; None where it has no bytes."""
+        self._wait_for_slot(deadline)
+        if payload.nbytes and (self._outgoing is None or self._outgoing.slot_bytes < payload.nbytes):
+            self._outgoing = self._offer_arena(slot_bytes_for(payload.nbytes), deadline)
+        return self._outgoing if payload.nbytes else None
 
     def _recv(self, deadline: Deadline) -> Frame:
         self._release_received()
@@ -80,13 +90,13 @@ class ShmLink(GuardedLink):
         self._received += 1
         if arena is None:
             return Frame(message.header, read_payload(torch.empty(0, dtype=torch.uint8), message.payload))
-        return Frame(message.header, read_payload(arena.slot(message.sequence), message.payload))
+        return Frame(message.header, arena.tensors(message.sequence, message.payload))
 
     def _wait(self, deadline: Deadline) -> bool:
         while not self._pending:
-            if not self._packets.wait(deadline):
+            # Looked for before it is waited for: that is one system call less where it is there already.
+            if not self._read_packet() and (deadline.passed or not self._packets.wait(deadline)):
                 return False
-            self._read_packet()
         return True
 
     def _check(self) -> None:
@@ -138,20 +148,20 @@ class ShmLink(GuardedLink):
             os.close(fd)
         return arena
 
-    def _read_packet(self) -> None:
-        """Take one packet off the socket, if there is one, and act on it."""
+    def _read_packet(self) -> bool:
+        """Take one packet off the socket and act on it; whether there was one."""
         received = self._packets.receive()
         if received is None:
-            return
+            return False
         message, fd = received
         if message.type is MessageType.ARENA and fd is not None and len(message.header) == _SLOT_BYTES.size:
             self._incoming = Arena.attach(fd, _SLOT_BYTES.unpack(message.header)[0], self.peer)
-            return
+            return True
         if fd is not None:
             os.close(fd)
             raise LinkError(self.peer, f"sent a file descriptor with a {message.type.name} message")
         if message.type is MessageType.SPACE:
-            return  # the waiting sender looks at the counter
+            return True  # the waiting sender looks at the counter
         if message.type is not MessageType.FRAME:
             raise LinkError(self.peer, f"sent a {message.type.name} message on an established link")
         if message.sequence != self._arrived or self._arrived - self._received >= SLOTS:
@@ -163,6 +173,7 @@ class ShmLink(GuardedLink):
                 raise LinkError(self.peer, f"sent {message.payload.nbytes} bytes without an arena that holds them")
         self._arrived += 1
         self._pending.append((message, arena))
+        return True
 
     def _control_page(self) -> ControlPage:
         assert self._page is not None, "operations end before resources are released"

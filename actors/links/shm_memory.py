@@ -21,7 +21,7 @@ from typing import Final
 import torch
 
 from ...configs.errors import LinkError
-from .wire import MAX_PAYLOAD_BYTES
+from .wire import MAX_PAYLOAD_BYTES, Payload, read_payload
 
 SLOTS: Final = 3
 """Frames of one direction in memory at a time: two that the peer has not asked for (`FRAMES_IN_FLIGHT`), and one that
@@ -34,6 +34,10 @@ MAX_SLOT_BYTES: Final = MAX_PAYLOAD_BYTES
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PAGE_BYTES: Final = 4096
+_LAYOUTS_KEPT: Final = 64
+"""Frames' tensors over an arena that are kept for the next frames of the same shapes: making them anew costs more than
+everything else that a small frame's memory does."""
+
 _LINE: Final = 8
 """Counters are 8 words, one cache line, apart: the two ends never write to the same line."""
 
@@ -49,7 +53,9 @@ class Arena:
     def __init__(self, mapping: mmap.mmap, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         # The tensor and every view of it keep the mapping alive: memory is unmapped when the last frame is gone.
-        self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        with torch.inference_mode(False):  # whatever mode is on: who receives them may not be in it
+            self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._tensors: dict[tuple[int, bytes], tuple[torch.Tensor, ...]] = {}
 
     @classmethod
     def create(cls, slot_bytes: int) -> tuple[Arena, int]:
@@ -68,6 +74,17 @@ class Arena:
     def slot(self, frame: int) -> torch.Tensor:
         """The slot of the `frame`-th frame as uint8 [slot_bytes]."""
         return self._bytes.narrow(0, frame % SLOTS * self.slot_bytes, self.slot_bytes)
+
+    def tensors(self, frame: int, payload: Payload) -> tuple[torch.Tensor, ...]:
+        """The tensors of the `frame`-th frame, in its slot."""
+        key = frame % SLOTS, payload.encoded
+        found = self._tensors.get(key)
+        if found is None:
+            if len(self._tensors) == _LAYOUTS_KEPT:
+                self._tensors.clear()
+            with torch.inference_mode(False):
+                found = self._tensors[key] = read_payload(self.slot(frame), payload)
+        return found
 
 
 class ControlPage:

@@ -11,18 +11,19 @@ never a wrong shape.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
 from ...configs.errors import LinkError
-from .base import MAX_HEADER_BYTES
+from .base import MAX_HEADER_BYTES, TensorForm
 
 MAGIC: Final = 0x59524F4D  # "MORY", little-endian
 WIRE_VERSION: Final = 1
@@ -30,6 +31,9 @@ MAX_TENSORS: Final = 64
 MAX_DIMS: Final = 8
 MAX_PAYLOAD_BYTES: Final = 1 << 30
 """Largest payload of one frame, 1 GiB: 9 times 8192 tokens x 7168 in bf16. It bounds what a corrupt length can cost."""
+
+_LAYOUTS_KEPT: Final = 256
+"""Layouts that are remembered: a step's frames have few shapes, and the same in every layer."""
 
 ALIGNMENT: Final = 64
 """Tensors start on cache lines, which also satisfies every dtype's own alignment."""
@@ -82,14 +86,19 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """The layout of a frame's tensors; `nbytes` is the size of the whole, 0 if no tensor has elements."""
+    """The layout of a frame's tensors.
+
+    Attributes:
+        nbytes: size of the whole, 0 if no tensor has elements.
+        encoded: the specs as they are in a message's body.
+    """
 
     specs: tuple[TensorSpec, ...]
     nbytes: int
+    encoded: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One decoded control message."""
 
     type: MessageType
@@ -98,8 +107,7 @@ class Message:
     payload: Payload
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """A checked head: how many bytes of body to read, and what is needed to check them."""
 
     type: MessageType
@@ -112,7 +120,7 @@ class Head:
     partial_crc: int
 
 
-EMPTY_PAYLOAD: Final = Payload((), 0)
+EMPTY_PAYLOAD: Final = Payload((), 0, b"")
 
 
 def plan_payload(tensors: Sequence[torch.Tensor]) -> Payload:
@@ -121,22 +129,30 @@ def plan_payload(tensors: Sequence[torch.Tensor]) -> Payload:
     Raises:
         ValueError: too many tensors or dimensions, a dtype without a code, or more than `MAX_PAYLOAD_BYTES`.
     """
-    if len(tensors) > MAX_TENSORS:
-        raise ValueError(f"a frame carries at most {MAX_TENSORS} tensors, not {len(tensors)}")
+    return plan_forms(tuple([(tensor.dtype, tensor.shape) for tensor in tensors]))
+
+
+@functools.lru_cache(_LAYOUTS_KEPT)
+def plan_forms(forms: tuple[TensorForm, ...]) -> Payload:
+    """`plan_payload` for tensors of these forms."""
+    if len(forms) > MAX_TENSORS:
+        raise ValueError(f"a frame carries at most {MAX_TENSORS} tensors, not {len(forms)}")
     specs: list[TensorSpec] = []
+    encoded: list[bytes] = []
     end = 0
-    for tensor in tensors:
-        if tensor.dtype not in _CODE_OF_DTYPE:
-            raise ValueError(f"links do not carry {tensor.dtype}; send one of {', '.join(map(str, _CODE_OF_DTYPE))}")
-        if tensor.dim() > MAX_DIMS:
-            raise ValueError(f"links carry at most {MAX_DIMS} dimensions, not {tensor.dim()}")
+    for dtype, shape in forms:
+        if dtype not in _CODE_OF_DTYPE:
+            raise ValueError(f"links do not carry {dtype}; send one of {', '.join(map(str, _CODE_OF_DTYPE))}")
+        if len(shape) > MAX_DIMS:
+            raise ValueError(f"links carry at most {MAX_DIMS} dimensions, not {len(shape)}")
         offset = _aligned(end)
-        nbytes = tensor.numel() * tensor.element_size()
-        specs.append(TensorSpec(tensor.dtype, tuple(tensor.shape), offset, nbytes))
+        nbytes = math.prod(shape) * dtype.itemsize
+        specs.append(TensorSpec(dtype, tuple(shape), offset, nbytes))
+        encoded.append(_SPEC.pack(_CODE_OF_DTYPE[dtype], len(shape)) + struct.pack(f"<{len(shape)}Q", *shape))
         end = offset + nbytes
     if end > MAX_PAYLOAD_BYTES:
         raise ValueError(f"a frame carries at most {MAX_PAYLOAD_BYTES} bytes, not {end}: send it in parts")
-    return Payload(tuple(specs), end)
+    return Payload(tuple(specs), end, b"".join(encoded))
 
 
 def check_header(header: bytes) -> None:
@@ -148,12 +164,7 @@ def check_header(header: bytes) -> None:
 def encode(type: MessageType, sequence: int, header: bytes = b"", payload: Payload = EMPTY_PAYLOAD) -> bytes:
     """The bytes of one control message, at most `MAX_MESSAGE_BYTES`."""
     check_header(header)
-    parts = [
-        _SPEC.pack(_CODE_OF_DTYPE[spec.dtype], len(spec.shape)) + struct.pack(f"<{len(spec.shape)}Q", *spec.shape)
-        for spec in payload.specs
-    ]
-    parts.append(header)
-    body = b"".join(parts)
+    body = payload.encoded + header
     head = _HEAD.pack(MAGIC, WIRE_VERSION, type, len(payload.specs), len(header), len(body), sequence, payload.nbytes)
     return b"".join((head, _CRC.pack(zlib.crc32(body, zlib.crc32(head))), body))
 
@@ -171,7 +182,8 @@ def decode_head(data: bytes, peer: str) -> Head:
         raise LinkError(peer, f"sent something that is no Moray message (magic {magic:#010x})")
     if version != WIRE_VERSION:
         raise LinkError(peer, f"speaks version {version} of the frame format, this side {WIRE_VERSION}")
-    if type_code not in _KNOWN_TYPES:
+    kind = _KNOWN_TYPES.get(type_code)
+    if kind is None:
         raise LinkError(peer, f"sent a message of unknown type {type_code}")
     if (
         tensors > MAX_TENSORS
@@ -186,7 +198,7 @@ def decode_head(data: bytes, peer: str) -> Head:
         )
     (crc,) = _CRC.unpack_from(data, _HEAD.size)
     partial_crc = zlib.crc32(data[: _HEAD.size])
-    return Head(MessageType(type_code), tensors, header_bytes, body_bytes, sequence, payload_bytes, crc, partial_crc)
+    return Head(kind, tensors, header_bytes, body_bytes, sequence, payload_bytes, crc, partial_crc)
 
 
 def decode_body(head: Head, body: bytes, peer: str) -> Message:
@@ -200,28 +212,40 @@ def decode_body(head: Head, body: bytes, peer: str) -> Message:
     if zlib.crc32(body, head.partial_crc) != head.crc:
         raise LinkError(peer, "sent a corrupt message: its checksum does not match")
     specs_end = head.body_bytes - head.header_bytes
+    try:
+        payload = _decode_specs(head.tensors, body[:specs_end])
+    except ValueError as error:
+        raise LinkError(peer, str(error)) from None
+    if payload.nbytes != head.payload_bytes:
+        raise LinkError(peer, f"sent specs of {payload.nbytes} bytes for a payload of {head.payload_bytes}")
+    return Message(head.type, head.sequence, body[specs_end:], payload)
+
+
+@functools.lru_cache(_LAYOUTS_KEPT)
+def _decode_specs(tensors: int, encoded: bytes) -> Payload:
+    """The payload that so many encoded specs describe; `ValueError` if they are none of ours."""
     specs: list[TensorSpec] = []
     at = end = 0
-    for _ in range(head.tensors):
-        if at + _SPEC.size > specs_end:
-            raise LinkError(peer, "sent fewer tensor specs than it announced")
-        code, dims = _SPEC.unpack_from(body, at)
+    for _ in range(tensors):
+        if at + _SPEC.size > len(encoded):
+            raise ValueError("sent fewer tensor specs than it announced")
+        code, dims = _SPEC.unpack_from(encoded, at)
         at += _SPEC.size
-        if code not in _DTYPE_OF_CODE or dims > MAX_DIMS or at + 8 * dims > specs_end:
-            raise LinkError(peer, f"sent a bad tensor spec: dtype code {code}, {dims} dimensions")
-        shape: tuple[int, ...] = struct.unpack_from(f"<{dims}Q", body, at)
+        if code not in _DTYPE_OF_CODE or dims > MAX_DIMS or at + 8 * dims > len(encoded):
+            raise ValueError(f"sent a bad tensor spec: dtype code {code}, {dims} dimensions")
+        shape: tuple[int, ...] = struct.unpack_from(f"<{dims}Q", encoded, at)
         at += 8 * dims
         dtype = _DTYPE_OF_CODE[code]
         # A zero dimension must not hide absurd ones: torch multiplies them into strides.
         if math.prod(max(size, 1) for size in shape) * dtype.itemsize > MAX_PAYLOAD_BYTES:
-            raise LinkError(peer, f"sent a tensor of shape {shape} in {dtype}: more than {MAX_PAYLOAD_BYTES} bytes")
+            raise ValueError(f"sent a tensor of shape {shape} in {dtype}: more than {MAX_PAYLOAD_BYTES} bytes")
         offset = _aligned(end)
         nbytes = math.prod(shape) * dtype.itemsize
         specs.append(TensorSpec(dtype, shape, offset, nbytes))
         end = offset + nbytes
-    if at != specs_end or end != head.payload_bytes:
-        raise LinkError(peer, f"sent specs of {end} bytes for a payload of {head.payload_bytes}")
-    return Message(head.type, head.sequence, body[specs_end:], Payload(tuple(specs), end))
+    if at != len(encoded):
+        raise ValueError(f"sent {tensors} tensor specs and {len(encoded) - at} bytes more")
+    return Payload(tuple(specs), end, encoded)
 
 
 def decode(data: bytes, peer: str) -> Message:
@@ -253,4 +277,4 @@ def _aligned(offset: int) -> int:
     return (offset + ALIGNMENT - 1) & -ALIGNMENT
 
 
-_KNOWN_TYPES: Final = frozenset(MessageType)
+_KNOWN_TYPES: Final = {int(kind): kind for kind in MessageType}

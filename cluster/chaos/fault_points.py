@@ -32,7 +32,7 @@ import torch
 
 from ...actors.deadline import Deadline
 from ...actors.expert_host import ExpertHost
-from ...actors.links.base import Frame, Link
+from ...actors.links.base import Frame, Link, TensorForm
 from ...actors.links.control import ControlChannel
 from ...actors.links.process_group import ProcessGroupLink
 from ...actors.links.shm import ShmLink
@@ -136,6 +136,9 @@ class _FaultyLink(Link):
 
     def __repr__(self) -> str:
         return repr(self._link)
+
+    def prepare(self, forms: tuple[TensorForm, ...], *, deadline: Deadline) -> tuple[torch.Tensor, ...] | None:
+        return None if self._faults.left("full-memory") else self._link.prepare(forms, deadline=deadline)
 
     def send(self, header: bytes, tensors: Sequence[torch.Tensor], *, deadline: Deadline) -> None:
         if self._faults.left("full-memory") and isinstance(self._link, ShmLink):

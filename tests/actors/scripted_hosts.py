@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -101,12 +100,12 @@ class ScriptedHost(Link):
     def _answer(self, frame: Frame) -> Frame:
         header = MoeHeader.unpack(frame.header)
         if self.refuses:
-            return Frame(replace(header, kind=Kind.FAILED, reason="out of memory").pack(), ())
+            return Frame(header._replace(kind=Kind.FAILED, reason="out of memory").pack(), ())
         hidden_states, (rows, slots) = frame.tensors
         assert bool((slots.diff() >= 0).all()), "slots ascend"
         held = torch.tensor(self._table.slots[self.peer][header.layer - FIRST_LAYER])
         factors = (held[slots.long()] + 1).to(hidden_states.dtype)
-        return Frame(replace(header, kind=Kind.DONE).pack(), (hidden_states[rows.long()] * factors[:, None],))
+        return Frame(header._replace(kind=Kind.DONE).pack(), (hidden_states[rows.long()] * factors[:, None],))
 
 
 class ScriptedCluster:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from moray.model.testing import write_random_checkpoint
 from moray.model.transformer import ForwardBatch
 
 HASTY = replace(SETTINGS, restore_timeout_s=0.3)
-Reply = tuple[bytes, list[torch.Tensor]]
+Reply = tuple[bytes, Sequence[torch.Tensor]]
 Twist = Callable[[Frame, Reply], list[Reply]]
 
 
@@ -187,7 +187,7 @@ def test_waiting_for_experts_starts_anew_for_each_loss(parts: EngineParts) -> No
 
 
 def header_of(frame: Frame, **changes: object) -> bytes:
-    return replace(MoeHeader.unpack(frame.header), **{"kind": Kind.DONE, **changes}).pack()  # type: ignore[arg-type]
+    return MoeHeader.unpack(frame.header)._replace(**{"kind": Kind.DONE, **changes}).pack()  # type: ignore[arg-type]
 
 
 NONSENSE: dict[str, tuple[Twist, str]] = {
@@ -196,7 +196,7 @@ NONSENSE: dict[str, tuple[Twist, str]] = {
     "narrow": (lambda f, r: [(r[0], [r[1][0][:, :1]])], "answered"),
     "other-dtype": (lambda f, r: [(r[0], [r[1][0].double()])], "torch.float64"),
     "no-tensor": (lambda f, r: [(r[0], [])], "answered nothing"),
-    "two-tensors": (lambda f, r: [(r[0], r[1] * 2)], "answered"),
+    "two-tensors": (lambda f, r: [(r[0], [*r[1], *r[1]])], "answered"),
     "short-header": (lambda f, r: [(b"abc", r[1])], "sent a reply that is none"),
     "unknown-kind": (lambda f, r: [(b"\x09" + r[0][1:], r[1])], "sent a reply that is none"),
     "work": (lambda f, r: [(f.header, r[1])], "sent WORK"),
@@ -262,7 +262,7 @@ def test_a_slow_host_is_dropped_and_the_others_replies_stay_in_order(
     hosts = [parts.host(name, table) for name in table.slots]
     slow = hosts[0]._run
 
-    def hang(*arguments: object) -> torch.Tensor:
+    def hang(*arguments: object) -> Sequence[torch.Tensor]:
         time.sleep(1.0)
         return slow(*arguments)  # type: ignore[arg-type]
 

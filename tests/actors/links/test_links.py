@@ -139,6 +139,49 @@ def test_views_and_inference_tensors(connect: Connect, kind: LinkKind) -> None:
     assert received.eq(2).all()
 
 
+PREPARED = ((torch.bfloat16, (3, 5)), (torch.int32, (2, 4)), (torch.float32, (0, 7)))
+
+
+def test_frames_can_be_written_where_they_are_sent_from(connect: Connect, kind: LinkKind) -> None:
+    """Whatever else is sent before and after; where a link has no such memory, it says so."""
+    here, there = connect(kind)
+    room = here.prepare(PREPARED, deadline=soon())
+    assert (room is None) == (kind == "gloo")
+    for step in range(7):
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                sent = [torch.full(shape, step + inference).to(dtype) for dtype, shape in PREPARED]
+                room = here.prepare(PREPARED, deadline=soon())
+                if room is None:
+                    room = tuple(map(torch.empty_like, sent))
+                assert [(tensor.dtype, tuple(tensor.shape)) for tensor in room] == list(PREPARED)
+                for tensor, content in zip(room, sent, strict=True):
+                    tensor.copy_(content)
+                here.send(b"%d" % step, room, deadline=soon())
+            frame = there.recv(deadline=soon())
+            assert frame.header == b"%d" % step
+            assert all(same(*pair) for pair in zip(frame.tensors, sent, strict=True))
+        here.send(b"", [torch.full((step, 7168), float(step))], deadline=soon())
+        assert there.recv(deadline=soon()).tensors[0].eq(step).all()
+
+
+def test_what_was_prepared_can_be_forgotten(connect: Connect, kind: LinkKind) -> None:
+    """A host that cannot compute what it has prepared for answers something else."""
+    here, there = connect(kind)
+    room = here.prepare(PREPARED, deadline=soon())
+    here.send(b"refused", [], deadline=soon())
+    assert there.recv(deadline=soon()).tensors == ()
+    if room is not None:
+        room[1].fill_(7)
+        here.send(b"late", room, deadline=soon())  # then they are tensors like any others
+        assert there.recv(deadline=soon()).tensors[1].eq(7).all()
+    with pytest.raises(ValueError, match=r"do not carry torch\.bool"):
+        here.prepare(((torch.bool, (1,)),), deadline=soon())
+    here.close()
+    with pytest.raises(LinkError, match="was closed on this side"):
+        here.prepare(PREPARED, deadline=soon())
+
+
 def test_what_does_not_fit_the_format_leaves_the_link_as_it_was(connect: Connect, kind: LinkKind) -> None:
     here, there = connect(kind)
     with pytest.raises(ValueError, match="at most 4096 bytes"):
