@@ -132,17 +132,16 @@ def outputs_message(outputs: list[TokenOutput]) -> list[Any]:
         logprobs = None
         if output.logprobs is not None:
             logprobs = [[entry.logprob, entry.top_ids, entry.top_logprobs] for entry in output.logprobs]
-        rows.append([output.request_id, output.token_ids, logprobs, output.finish_reason, output.error])
+        end = [output.finish_reason, output.error, output.retry_after_s]
+        rows.append([output.request_id, output.token_ids, logprobs, *end])
     return ["outputs", rows]
 
 
 def outputs_from(message: list[Any]) -> list[TokenOutput]:
     """The outputs in an outputs message."""
     return [
-        TokenOutput(
-            request_id, token_ids, None if logprobs is None else [TokenLogprobs(*e) for e in logprobs], reason, error
-        )
-        for request_id, token_ids, logprobs, reason, error in message[1]
+        TokenOutput(request_id, token_ids, None if logprobs is None else [TokenLogprobs(*e) for e in logprobs], *end)
+        for request_id, token_ids, logprobs, *end in message[1]
     ]
 
 

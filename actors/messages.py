@@ -50,6 +50,7 @@ class TokenOutput:
         logprobs: one entry per new token if the request asked for them, else None.
         finish_reason: None while the request goes on; set exactly once, in its last output.
         error: what went wrong, for `finish_reason == "error"`.
+        retry_after_s: set where the request was turned away because it waited for too long: it may be sent again then.
     """
 
     request_id: str
@@ -57,6 +58,7 @@ class TokenOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,10 @@ class RouterStats:
 
     Attributes:
         pages_*: KV pages; free + cached + in use == total at all times.
+        prompt_tokens: computed, those of preempted requests again.
+        prefix_hit_tokens: not computed, because pages held them.
+        preempted_tokens: computed for requests that had to give their pages up.
+        requests_refused: too much was waiting when they came, or they waited for too long.
         unreachable_experts: (layer, expert) pairs with no reachable replica; 0 when healthy.
         resent_shares: work that was sent to another replica because its host was lost.
         hedged_shares: work that was sent to another replica because its host was late; either answer is taken.
@@ -83,16 +89,24 @@ class RouterStats:
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
     preemptions: int = 0
+    preempted_tokens: int = 0
     requests_finished: int = 0
     requests_cancelled: int = 0
     requests_failed: int = 0
+    requests_refused: int = 0
     unreachable_experts: int = 0
     resent_shares: int = 0
     hedged_shares: int = 0
     fenced_hosts: int = 0
     late_hosts: list[str] = field(default_factory=list)
     broken_links: list[str] = field(default_factory=list)
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the prompt tokens that were not computed, because pages held them; 0 before any prompt."""
+        return self.prefix_hit_tokens / max(1, self.prefix_hit_tokens + self.prompt_tokens)
 
 
 Health = Literal["starting", "ok", "degraded", "unavailable"]

@@ -47,6 +47,7 @@ class RouterSettings:
         max_context: longest prompt plus answer, in tokens.
         token_budget: most tokens a step; max_running: most sequences a step; max_waiting: most requests in the queue.
         restore_timeout_s: how long a step waits for missing experts before its requests fail.
+        target_itl_s, max_wait_s: see `Routers` of the deployment; None: no bound.
     """
 
     page_size: int
@@ -56,6 +57,8 @@ class RouterSettings:
     max_running: int
     max_waiting: int
     restore_timeout_s: float
+    target_itl_s: float | None = None
+    max_wait_s: float | None = None
 
 
 class Router:
@@ -80,7 +83,13 @@ class Router:
         self.settings = settings
         self.dispatch = dispatch
         self.pool = PagePool(settings.pages, settings.page_size)
-        self.scheduler = Scheduler(self.pool, token_budget=settings.token_budget, max_running=settings.max_running)
+        self.scheduler = Scheduler(
+            self.pool,
+            token_budget=settings.token_budget,
+            max_running=settings.max_running,
+            target_s=settings.target_itl_s,
+            max_wait_s=settings.max_wait_s,
+        )
         self.model = Transformer(
             config,
             weights,
@@ -99,7 +108,9 @@ class Router:
         self._stopping = False
         self._closed: str | None = None
         self._thread: threading.Thread | None = None
-        self._counts = {"steps": 0, "prompt": 0, "generated": 0, "finished": 0, "cancelled": 0, "failed": 0}
+        self._counts = dict.fromkeys(
+            ("steps", "prompt", "generated", "finished", "cancelled", "failed", "refused", "turned away"), 0
+        )
         self._waiting_hint = 0
         self._missing_since: float | None = None
 
@@ -118,12 +129,7 @@ class Router:
                 raise RouterLostError(self._closed)
             if request.request_id in self._in_flight:
                 raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
-            waiting = self._queued()
-            if waiting >= self.settings.max_waiting:
-                raise QueueFullError(
-                    f"{waiting} requests are waiting already, the limit is {self.settings.max_waiting}",
-                    retry_after_s=max(1.0, waiting / self.settings.max_running),
-                )
+            self._check_room()
             self._in_flight.add(request.request_id)
             self._inbox.append((request, sink))
             self._wake.notify()
@@ -182,6 +188,21 @@ class Router:
         with self._wake:
             return self._queued() < self.settings.max_waiting
 
+    def _check_room(self) -> None:
+        waiting = self._queued()
+        wait_s = self.scheduler.wait_s(waiting)
+        if waiting >= self.settings.max_waiting:
+            problem = f"{waiting} requests are waiting already, the limit is {self.settings.max_waiting}"
+        elif self.scheduler.too_long(waiting) is not None:
+            problem = f"{waiting} requests are waiting, so that this one would for {wait_s:.0f} s"
+            problem += f"; the limit is {self.settings.max_wait_s:g} s"
+        else:
+            return
+        self._counts["refused"] += 1
+        raise QueueFullError(
+            problem, retry_after_s=max(1.0, waiting / self.settings.max_running if wait_s is None else wait_s)
+        )
+
     def _queued(self) -> int:
         return self._waiting_hint + sum(not isinstance(item, str) for item in self._inbox)
 
@@ -200,10 +221,13 @@ class Router:
             steps=counts["steps"],
             prompt_tokens=counts["prompt"],
             generated_tokens=counts["generated"],
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             preemptions=self.scheduler.preemptions,
+            preempted_tokens=self.scheduler.preempted_tokens,
             requests_finished=counts["finished"],
             requests_cancelled=counts["cancelled"],
             requests_failed=counts["failed"],
+            requests_refused=counts["refused"] + counts["turned away"],
             unreachable_experts=self.dispatch.missing,
             resent_shares=self.dispatch.resent_shares,
             hedged_shares=self.dispatch.hedged_shares,
@@ -242,7 +266,9 @@ class Router:
 
     def step(self) -> bool:
         """Take in what has arrived and run one step; False if there was nothing to run."""
+        started = time.perf_counter()
         self._take_in()
+        self._turn_away()
         chunks = self.scheduler.schedule()
         if not chunks:
             self._missing_since = None
@@ -254,6 +280,7 @@ class Router:
             return True
         self._missing_since = None
         self._postprocess(chunks, logits)
+        self.scheduler.took(chunks, time.perf_counter() - started)
         return True
 
     def _loop(self, on_failure: Callable[[], None] | None) -> None:
@@ -292,6 +319,22 @@ class Router:
                 request, sink = item
                 self._sequences[request.request_id] = (self.scheduler.add(request), sink)
         self._waiting_hint = len(self.scheduler.waiting)
+
+    def _turn_away(self) -> None:
+        """End what has waited for too long without a token: whoever sent it can try elsewhere, or later."""
+        for sequence in self.scheduler.overdue():
+            self._counts["turned away"] += 1
+            sequence, sink = self._forget(sequence.request.request_id)
+            self.scheduler.remove(sequence)
+            error = f"the request waited for {self.settings.max_wait_s:g} s, and there is no room for it yet"
+            retry_after_s = max(1.0, self.scheduler.wait_s(len(self.scheduler.waiting)) or 0.0)
+            sink(
+                [
+                    TokenOutput(
+                        sequence.request.request_id, finish_reason="error", error=error, retry_after_s=retry_after_s
+                    )
+                ]
+            )
 
     def _postprocess(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
         outputs: dict[Sink, list[TokenOutput]] = {}

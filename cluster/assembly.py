@@ -21,6 +21,9 @@ from ..model.fetching.fetch import default_weights_dir, fetch, pin
 from ..model.fetching.selection import Parts
 from ..model.progress import Progress
 
+_TURNED_AWAY_S = 1.0
+"""By so much later than its time a request that waits may be turned away: routers look between steps."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -165,6 +168,8 @@ def router_settings(deployment: Deployment, config: ModelConfig) -> RouterSettin
         max_running=routers.max_running,
         max_waiting=routers.max_waiting,
         restore_timeout_s=routers.restore_timeout_s,
+        target_itl_s=routers.target_itl_s,
+        max_wait_s=routers.max_wait_s,
     )
 
 
@@ -191,6 +196,8 @@ def front_settings(deployment: Deployment, *, front_id: str, behind_proxy: bool)
     keys = () if front.api_key_file is None else load_api_keys(Path(front.api_key_file).expanduser())
     return FrontSettings(
         body_limit_bytes=front.body_limit_bytes,
+        # So that one which is turned away after all is answered with its own status.
+        stream_grace_s=max(FrontSettings().stream_grace_s, (deployment.routers.max_wait_s or 0.0) + _TURNED_AWAY_S),
         api_keys=keys,
         front_id=front_id,
         sends_request_id=not behind_proxy,

@@ -128,7 +128,10 @@ class LLM:
         self, model: str | os.PathLike[str] = EMBEDDED_MODEL, *, experts: int = 1, **deployment: object
     ) -> None:
         description = {"model": os.fspath(model), "experts": {"hosts": experts}, **deployment}
-        self.cluster = LocalCluster(Deployment.from_dict(description, source="LLM"))
+        asked = Deployment.from_dict(description, source="LLM")
+        # The prompts of a call wait for each other for as long as it takes.
+        patient = asked.routers.model_copy(update={"max_wait_s": None})
+        self.cluster = LocalCluster(asked.model_copy(update={"routers": patient}))
         self._ids = itertools.count()
 
     def generate(

@@ -71,7 +71,7 @@ def _processes(found: dict[str, Any]) -> Table:
 
 
 def _routers(found: dict[str, Any]) -> Table:
-    table = _table("router", "running", "waiting", "pages free", "cached", "in use", "total", "tokens out")
+    table = _table("router", "running", "waiting", "pages free", "cached", "in use", "total", "hits", "tokens out")
     numbers = (
         "running",
         "waiting",
@@ -79,10 +79,11 @@ def _routers(found: dict[str, Any]) -> Table:
         "pages_cached",
         "pages_in_use",
         "pages_total",
-        "generated_tokens",
     )
     for r in found["routers"]:
-        table.add_row(r["router_id"], *(str(r[name]) for name in numbers))
+        prompts = r["prompt_tokens"] + r["prefix_hit_tokens"]
+        hits = f"{r['prefix_hit_tokens'] / prompts:.0%}" if prompts else "-"
+        table.add_row(r["router_id"], *(str(r[name]) for name in numbers), hits, str(r["generated_tokens"]))
     return table
 
 

@@ -132,6 +132,11 @@ class Routers(Section):
         token_budget: most tokens in one step; a longer prompt is computed in chunks.
         max_running: most requests in one step.
         max_waiting: requests beyond this many waiting ones are refused with 429.
+        max_wait_s: so are requests that would wait for longer than this before they begin to be computed, and those that have.
+            None lets them wait for as long as the queue has room.
+        target_itl_s: most time between two tokens of an answer, as far as the router can tell from what steps have taken: it
+            computes no more of other prompts beside answers, and gives no more answers at once, than fit. For latency first;
+            None is for throughput first, where `token_budget` and `max_running` are the only bounds.
         restore_timeout_s: how long requests wait for lost experts, and those of a lost router for a router, to be restored
             before they fail.
         drain_timeout_s: how long a router that is to leave goes on with its requests; what is left then goes on at another.
@@ -148,6 +153,8 @@ class Routers(Section):
     token_budget: int = Field(default=512, ge=1)
     max_running: int = Field(default=64, ge=1)
     max_waiting: int = Field(default=256, ge=1)
+    max_wait_s: float | None = Field(default=30.0, gt=0)
+    target_itl_s: float | None = Field(default=None, gt=0)
     restore_timeout_s: float = Field(default=60.0, gt=0)
     drain_timeout_s: float = Field(default=10.0, ge=0)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...configs.errors import QueueFullError
 from ...model.tokenizer import Tokenizer
 from ..messages import TokenLogprobs, TokenOutput
 from .http_errors import EngineFailedError
@@ -87,8 +88,11 @@ class Answer:
         """Take the engine's next output.
 
         Raises:
+            QueueFullError: the output says that the request was turned away.
             EngineFailedError: the output says that the request failed, or breaks the engine's promises.
         """
+        if output.retry_after_s is not None:
+            raise QueueFullError(output.error or "the request waited for too long", retry_after_s=output.retry_after_s)
         if output.finish_reason in ("error", "cancelled"):
             raise EngineFailedError(
                 output.error or f"the server ended the request: {output.finish_reason}",

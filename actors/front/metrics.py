@@ -25,12 +25,15 @@ _DURATION_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1
 
 _COUNTERS = {
     "steps": "Steps the router has run.",
-    "prompt_tokens": "Prompt tokens the router has computed or found cached.",
+    "prompt_tokens": "Prompt tokens the router has computed.",
     "generated_tokens": "Tokens the router has generated.",
+    "prefix_hit_tokens": "Prompt tokens that were not computed, because KV pages held them.",
     "preemptions": "Requests that had to give up their pages and start over.",
+    "preempted_tokens": "Tokens of these that pages of other requests do not keep: they may have to be computed again.",
     "requests_finished": "Requests that ended by themselves.",
     "requests_cancelled": "Requests their clients gave up.",
     "requests_failed": "Requests that ended with an error.",
+    "requests_refused": "Requests that were turned away because too many were waiting, or that waited for too long.",
     "resent_shares": "Shares of a layer's work that went to another replica because their host was lost.",
     "hedged_shares": "Shares of a layer's work that went to another replica too because their host was late.",
     "fenced_hosts": "Expert hosts the router has cut off because they stayed silent.",
@@ -43,6 +46,7 @@ _GAUGES = {
     "pages_free": "KV pages that hold nothing.",
     "pages_cached": "KV pages that hold prefixes no running request uses.",
     "pages_in_use": "KV pages of running requests.",
+    "prefix_hit_rate": "Share of the prompt tokens so far that were not computed, because KV pages held them.",
     "unreachable_experts": "(layer, expert) pairs the router cannot reach.",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tokenizers
@@ -72,7 +72,7 @@ class ScriptedEngine(EngineClient):
                 self.finished.append(request.request_id)
                 raise step
             elif isinstance(step, TokenOutput):
-                yield TokenOutput(request.request_id, step.token_ids, step.logprobs, step.finish_reason, step.error)
+                yield replace(step, request_id=request.request_id)
                 if step.finish_reason is not None:
                     return
             else:

@@ -96,10 +96,17 @@ class Batches:
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self.pool = PagePool(settings.pages, settings.page_size)
-        self.scheduler = Scheduler(self.pool, token_budget=settings.token_budget, max_running=settings.max_running)
+        self.scheduler = Scheduler(
+            self.pool,
+            token_budget=settings.token_budget,
+            max_running=settings.max_running,
+            target_s=settings.target_itl_s,
+            max_wait_s=settings.max_wait_s,
+        )
         self._requests: dict[str, Request] = {}
         self._chunks: list[Chunk] = []
         self._routed = 0
+        self._began = 0.0
         self.routed_tokens = 0
         self.steps = 0
 
@@ -111,7 +118,8 @@ class Batches:
     @property
     def full(self) -> bool:
         """Whether a request would be refused now, with 429."""
-        return len(self.scheduler.waiting) >= self._settings.max_waiting
+        waiting = len(self.scheduler.waiting)
+        return waiting >= self._settings.max_waiting or self.scheduler.too_long(waiting) is not None
 
     def fits(self, arrival: Arrival) -> bool:
         """Whether prompt and answer are no longer than a request may be; else it is refused, with 400."""
@@ -130,8 +138,16 @@ class Batches:
             GenerateRequest(name, prompt, SamplingParams(max_tokens=arrival.output), [own] * request.tokens)
         )
 
-    def next_step(self) -> StepWork | None:
-        """Schedule a step; None if there is nothing to do."""
+    def turned_away(self) -> list[Request]:
+        """Let go of the requests that have waited for too long; see `RouterSettings.max_wait_s`."""
+        late = self.scheduler.overdue()
+        for sequence in late:
+            self.scheduler.remove(sequence)
+        return [self._requests.pop(sequence.request.request_id) for sequence in late]
+
+    def next_step(self, now: float) -> StepWork | None:
+        """Schedule a step, which begins `now`; None if there is nothing to do."""
+        self._began = now
         self._chunks = self.scheduler.schedule()
         if not self._chunks:
             return None
@@ -157,8 +173,8 @@ class Batches:
             longest = max(longest, end)
         return StepWork(tokens, decoding, sampled, positions, rows, longest)
 
-    def finish_step(self) -> list[Output]:
-        """The step was computed: its tokens, in the order of arrival."""
+    def finish_step(self, now: float) -> list[Output]:
+        """The step was computed by `now`: its tokens, in the order of arrival."""
         outputs = []
         self.routed_tokens += self._routed
         self.steps += 1
@@ -175,6 +191,7 @@ class Batches:
                 del self._requests[name]
                 self.scheduler.remove(sequence)
             outputs.append(Output(request, reason))
+        self.scheduler.took(self._chunks, now - self._began)
         self._chunks = []
         return outputs
 

@@ -170,6 +170,8 @@ def _settings(plan: Plan) -> RouterSettings:
         max_running=routers.max_running,
         max_waiting=routers.max_waiting,
         restore_timeout_s=routers.restore_timeout_s,
+        target_itl_s=routers.target_itl_s,
+        max_wait_s=routers.max_wait_s,
     )
 
 

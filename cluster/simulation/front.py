@@ -98,6 +98,12 @@ class Front:
             self._client_goes_on(self._clock.now + _CLIENT_PAUSE_S)
         self._stop_if_idle()
 
+    def turned_away(self, requests: list[Request]) -> None:
+        """Requests have waited for too long in a router's queue."""
+        for request in requests:
+            del self._recorder.open[request.number]
+            self._refuse()
+
     def drew(self, draw: LayerDraw, layers: float) -> None:
         """See `Recorder`."""
         self._recorder.drew(draw, layers)
@@ -160,7 +166,7 @@ class Front:
         self._number += 1
         takers = self._usable()
         if takers and not takers[0].batches.fits(arrival):
-            self._turned_away()
+            self._refuse()
             return
         self._recorder.open[request.number] = request
         seconds = self._costs.request(arrival.prompt)
@@ -175,9 +181,9 @@ class Front:
             self.failed([request], "no router could be reached")
         elif self._crowded_out or not self._place(request, takers):
             del self._recorder.open[request.number]
-            self._turned_away()
+            self._refuse()
 
-    def _turned_away(self) -> None:
+    def _refuse(self) -> None:
         self._recorder.refused()
         self._client_goes_on(self._clock.now + _CLIENT_PAUSE_S)
         self._stop_if_idle()

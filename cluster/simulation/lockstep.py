@@ -93,7 +93,11 @@ class Lockstep:
             self._step = self._engine.clock.after(0.0, self._begin)
 
     def _begin(self) -> None:
-        works = [work for rank in self.ranks.values() if (work := rank.batches.next_step()) is not None]
+        now = self._engine.clock.now
+        for rank in self.ranks.values():
+            if late := rank.batches.turned_away():
+                self._engine.audience.turned_away(late)
+        works = [work for rank in self.ranks.values() if (work := rank.batches.next_step(now)) is not None]
         if not works:
             self._step = None
             return
@@ -101,7 +105,7 @@ class Lockstep:
 
     def _finish(self) -> None:
         engine = self._engine
-        outputs = [output for rank in self.ranks.values() for output in rank.batches.finish_step()]
+        outputs = [output for rank in self.ranks.values() for output in rank.batches.finish_step(engine.clock.now)]
         self._step = engine.clock.after(engine.costs.front(len(outputs)), self._begin)
         if outputs:
             engine.audience.answered(outputs)

@@ -32,6 +32,10 @@ class Audience(Protocol):
         """Requests have ended with an error."""
         ...
 
+    def turned_away(self, requests: list[Request]) -> None:
+        """Requests have waited for too long: they are refused, with 429."""
+        ...
+
     def drew(self, draw: LayerDraw, layers: float) -> None:
         """A draw stands for so many layers of a step."""
         ...
@@ -111,7 +115,9 @@ class SimulatedRouter:
             self._forward()
 
     def _begin(self) -> None:
-        self._work = self.batches.next_step()
+        if late := self.batches.turned_away():
+            self._engine.audience.turned_away(late)
+        self._work = self.batches.next_step(self._engine.clock.now)
         if self._work is not None:
             self._forward()
         elif self.leaving and not self.batches.outstanding and self.left is not None:
@@ -136,7 +142,7 @@ class SimulatedRouter:
 
     def _computed(self) -> None:
         self._passes = []
-        outputs = self.batches.finish_step()
+        outputs = self.batches.finish_step(self._engine.clock.now)
         if outputs:
             audience, seconds = self._engine.audience, self._engine.costs.front(len(outputs))
             if seconds:

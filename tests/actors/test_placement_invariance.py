@@ -6,6 +6,7 @@ Token ids and log-probabilities are compared for equality, never within a tolera
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from moray.actors.deadline import Deadline
 from moray.actors.links import LinkKind, dial
 from moray.actors.messages import GenerateRequest, TokenLogprobs
 from moray.actors.router import Router, RouterSettings
-from moray.actors.testing import SECRET, SETTINGS, EngineParts, random_prompt, run
+from moray.actors.testing import SECRET, SETTINGS, EngineParts, Recorder, random_prompt, run
 from moray.cluster.local import LLM
 from moray.cluster.placement import even_placement
 from moray.model.config import ModelConfig
@@ -125,7 +126,7 @@ CRAMPED = {
     "budget-37-running-5": replace(SETTINGS, token_budget=37, max_running=5),
     "budget-128": replace(SETTINGS, token_budget=128),
     "pages-16-of-8": replace(SETTINGS, pages=16),
-    "pages-21-budget-24": replace(SETTINGS, pages=21, token_budget=24),
+    "pages-16-budget-24": replace(SETTINGS, pages=16, token_budget=24),
     "pages-17-running-3": replace(SETTINGS, pages=17, max_running=3),
 }
 
@@ -135,8 +136,25 @@ def test_any_chunking_and_any_shortage_of_pages(oracle: Oracle, parts: EnginePar
     router = parts.engine(2, settings=settings)
     alone = settings.max_running == 1
     oracle.check(router, together=True, some=slice(3, 16, 6) if alone else slice(None))
-    if settings.pages < 32:
+    if settings is CRAMPED["pages-16-of-8"]:
         assert router.scheduler.preemptions > 0, "the pool was chosen too large for this test"
+
+
+def test_whoever_is_preempted_whenever(oracle: Oracle, parts: EngineParts) -> None:
+    """After every step one gives its pages back, in the middle of its prompt or of its answer."""
+    router, recorder = parts.engine(2, settings=replace(SETTINGS, token_budget=40)), Recorder()
+    for request in oracle.requests:
+        router.submit(request, recorder)
+    for step in itertools.count():
+        if not router.busy:
+            break
+        router.step()
+        if len(running := list(router.scheduler.running)) > 1:
+            router.scheduler._preempt(running[1:][step % (len(running) - 1)])
+        router.pool.check()
+    assert router.stats().preemptions > 20
+    found = {r.request_id: (recorder.tokens(r.request_id), recorder.logprobs(r.request_id)) for r in oracle.requests}
+    assert found == oracle.expected
 
 
 def test_prefix_cache_hits_change_nothing(oracle: Oracle, parts: EngineParts) -> None:

@@ -167,6 +167,69 @@ def test_a_full_queue_refuses_until_it_drains(parts: EngineParts) -> None:
     assert {name for name in "abcde" if recorder.end(name)} == set("abcd")
 
 
+def test_what_has_waited_for_too_long_is_turned_away(parts: EngineParts) -> None:
+    router = parts.engine(settings=replace(SETTINGS, max_running=1, max_wait_s=1e-9))
+    recorder = run(router, [request(parts, name) for name in ("first", "second")])
+    end = recorder.end("second")
+    assert end is not None
+    assert (end.token_ids, end.finish_reason, end.error) == (
+        [],
+        "error",
+        "the request waited for 1e-09 s, and there is no room for it yet",
+    )
+    assert end.retry_after_s is not None
+    assert end.retry_after_s >= 1
+    assert len(recorder.tokens("first")) == 8
+    stats = router.stats()
+    assert (stats.requests_finished, stats.requests_failed, stats.requests_refused) == (1, 0, 1)
+
+
+def test_answers_that_have_begun_are_not_turned_away(parts: EngineParts) -> None:
+    """Neither what was preempted nor what another router began."""
+    router = parts.engine(settings=replace(SETTINGS, pages=16, max_running=2, max_wait_s=1e-9))
+    begun = [request(parts, f"r{i}", prompt=20, max_tokens=60) for i in range(4)]
+    begun[2:] = [replace(one, generated_token_ids=[1, 2]) for one in begun[2:]]
+    recorder = run(router, begun)
+    assert router.stats().preemptions > 0
+    assert [len(recorder.tokens(f"r{i}")) for i in range(4)] == [60, 60, 58, 58]
+
+
+def test_a_queue_that_would_take_too_long_refuses_at_once(parts: EngineParts) -> None:
+    router, recorder = parts.engine(settings=replace(SETTINGS, max_running=1, max_wait_s=30.0)), Recorder()
+    for name in "ab":
+        router.submit(request(parts, name), recorder)
+    router.step()
+    router.scheduler.took([], 20.0)  # so long a step has just let one of them in
+    router.submit(request(parts, "c"), recorder)
+    with pytest.raises(
+        QueueFullError, match="2 requests are waiting, so that this one would for 40 s; the limit is 30"
+    ) as e:
+        router.submit(request(parts, "d"), recorder)
+    assert e.value.retry_after_s == pytest.approx(40.0, rel=0.05)
+    assert router.stats().requests_refused == 1
+    while router.busy:
+        router.step()
+    assert {name for name in "abcd" if recorder.end(name)} == set("abc")
+
+
+def test_a_target_bounds_what_is_computed_beside_answers(parts: EngineParts) -> None:
+    """One that no step can meet leaves the least: one answer at a time. The answers are the same."""
+    wanted = [request(parts, f"r{i}", prompt=40, max_tokens=6) for i in range(4)]
+    router, recorder = parts.engine(settings=replace(SETTINGS, target_itl_s=1e-9)), Recorder()
+    router.submit(wanted[0], recorder)
+    router.step()
+    router.step()
+    for one in wanted[1:]:
+        router.submit(one, recorder)
+    running = []
+    while router.busy:
+        router.step()
+        running.append(router.stats().running)
+    assert max(running) == 1
+    expected = run(parts.engine(), wanted)
+    assert [recorder.tokens(f"r{i}") for i in range(4)] == [expected.tokens(f"r{i}") for i in range(4)]
+
+
 def test_a_request_id_in_use_is_refused(parts: EngineParts) -> None:
     router, recorder = parts.engine(), Recorder()
     router.submit(request(parts), recorder)
@@ -241,13 +304,13 @@ def test_counters(parts: EngineParts) -> None:
     assert router.stats().waiting == 3
     router.step()
     stats = router.stats()
-    assert (stats.running, stats.waiting, stats.steps, stats.prompt_tokens) == (1, 2, 1, 16)
+    assert (stats.running, stats.waiting, stats.steps, stats.prompt_tokens) == (3, 0, 1, 16)
     assert stats.pages_free + stats.pages_cached + stats.pages_in_use == stats.pages_total
     router.cancel("r1")
     while router.busy:
         router.step()
     stats = router.stats()
-    assert (stats.running, stats.waiting, stats.prompt_tokens, stats.generated_tokens) == (0, 0, 25, 16)
+    assert (stats.running, stats.waiting, stats.prompt_tokens, stats.generated_tokens) == (0, 0, 28, 16)
     assert (stats.requests_finished, stats.requests_cancelled, stats.requests_failed) == (2, 1, 0)
     assert (stats.unreachable_experts, stats.broken_links, stats.pages_in_use) == (0, [], 0)
 

@@ -22,7 +22,17 @@ FINE = ClusterStatus(
         ProcessStatus("expert-host-0", "expert_host", 11, "10.0.0.1", "ready", data_bytes_read=2_000_000),
         ProcessStatus("router-0", "router", 12, "10.0.0.1", "ready"),
     ],
-    [RouterStats("router-0", running=3, pages_total=10, pages_free=4, generated_tokens=99)],
+    [
+        RouterStats(
+            "router-0",
+            running=3,
+            pages_total=10,
+            pages_free=4,
+            prompt_tokens=30,
+            prefix_hit_tokens=90,
+            generated_tokens=99,
+        )
+    ],
 )
 
 
@@ -39,8 +49,8 @@ def test_a_cluster_that_is_fine() -> None:
         "id role pid node state read detail",
         "expert-host-0 expert host 11 10.0.0.1 ready 2.0 MB",
         "router-0 router 12 10.0.0.1 ready 0.0 MB",
-        "router running waiting pages free cached in use total tokens out",
-        "router-0 3 0 4 0 0 10 99",
+        "router running waiting pages free cached in use total hits tokens out",
+        "router-0 3 0 4 0 0 10 75% 99",
     ]
 
 

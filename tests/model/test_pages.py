@@ -106,6 +106,45 @@ def test_only_pages_in_use_are_remembered() -> None:
         PagePool(1, 8).remember(0, key("a"))
 
 
+def test_promised_pages_are_shared_before_they_are_filled() -> None:
+    pool = PagePool(3, 8)
+    (page,) = pool.allocate(1)
+    pool.promise(page, key("a"))
+    assert pool.match([key("a"), key("b")]) == [page]
+    assert pool.shared(page)
+    assert not pool.holds(page)
+    pool.remember(page, key("a"))
+    assert pool.holds(page)
+    pool.release([page])
+    assert not pool.shared(page)
+    pool.release([page])
+    assert counts(pool) == (2, 1, 0)
+
+
+def test_a_promise_that_nobody_keeps_is_forgotten() -> None:
+    pool = PagePool(3, 8)
+    (page,) = pool.allocate(1)
+    pool.promise(page, key("a"))
+    pool.match([key("a")])
+    pool.release([page])
+    assert pool.match([key("a")]) == [page], "another sequence holds it still"
+    pool.release([page])
+    pool.release([page])
+    assert counts(pool) == (3, 0, 0)
+    assert pool.match([key("a")]) == []
+
+
+def test_a_prefix_is_promised_once() -> None:
+    pool = PagePool(3, 8)
+    first, second = pool.allocate(2)
+    pool.promise(first, key("a"))
+    pool.promise(second, key("a"))
+    assert pool.match([key("a")]) == [first]
+    pool.remember(second, key("a"))
+    assert not pool.holds(second)
+    assert not pool.holds(first)
+
+
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (9, 2)])
 def test_one_hash_a_full_page(tokens: int, pages: int) -> None:
     assert len(prefix_hashes(range(tokens), 4)) == pages
@@ -129,7 +168,8 @@ class Pool(RuleBasedStateMachine):
         self.pool = PagePool(6, 4)
         self.held: list[list[int]] = []
         self.names = 0
-        self.contents: dict[int, bytes] = {}  # what was written to each page, as far as it is known by its prefix
+        self.contents: dict[int, bytes] = {}  # the prefix that each page holds, or is promised to, as far as it has one
+        self.promised: set[int] = set()
 
     @rule(count=st.integers(0, 7))
     def allocate(self, count: int) -> None:
@@ -150,16 +190,25 @@ class Pool(RuleBasedStateMachine):
     @rule(index=st.integers(0, 20))
     def release(self, index: int) -> None:
         self.pool.release(self.held.pop(index % len(self.held)))
+        for page in self.promised - {page for sequence in self.held for page in sequence}:
+            self.promised.remove(page)
+            del self.contents[page]
 
     @precondition(lambda self: any(self.held))
-    @rule(index=st.integers(0, 20), name=st.integers(0, 5))
-    def remember(self, index: int, name: int) -> None:
+    @rule(index=st.integers(0, 20), name=st.integers(0, 5), filled=st.booleans())
+    def name(self, index: int, name: int, filled: bool) -> None:
         pages = [page for sequence in self.held for page in sequence]
         page = pages[index % len(pages)]
         known = set(self.contents.values())
-        self.pool.remember(page, key(str(name)))
+        if filled:
+            self.pool.remember(page, key(str(name)))
+            self.promised.discard(page)
+        else:
+            self.pool.promise(page, key(str(name)))
         if key(str(name)) not in known and page not in self.contents:
             self.contents[page] = key(str(name))
+            if not filled:
+                self.promised.add(page)
 
     @rule(names=st.lists(st.integers(0, 5), max_size=4))
     def match(self, names: list[int]) -> None:
@@ -174,6 +223,8 @@ class Pool(RuleBasedStateMachine):
         in_use = {page for sequence in self.held for page in sequence}
         free, cached, used = counts(self.pool)
         assert used == len(in_use)
+        assert {page for page in self.contents if self.pool.holds(page)} == self.contents.keys() - self.promised
+        assert all(self.pool.shared(page) == (sum(page in s for s in self.held) > 1) for page in in_use)
         assert free + cached == self.pool.available == self.pool.total - used
 
     def teardown(self) -> None:

@@ -168,7 +168,7 @@ def test_metrics_show_what_is_wrong(make_front: Any) -> None:
         processes=[ProcessStatus("expert-host-0", "expert_host", 11, "n0", "stuck")],
         routers=[
             RouterStats("router-0", late_hosts=["a", "b"], hedged_shares=7, resent_shares=3, fenced_hosts=1),
-            RouterStats("router-1", late_hosts=["b"]),
+            RouterStats("router-1", late_hosts=["b"], prompt_tokens=30, prefix_hit_tokens=10, requests_refused=4),
         ],
         events=[Event(100.0, "restored", "a", 2.5), Event(300.0, "changed", "4"), Event(200.0, "restored", "b", 1.5)],
     )
@@ -184,6 +184,10 @@ def test_metrics_show_what_is_wrong(make_front: Any) -> None:
     assert found["moray_router_resent_shares_total{router=router-0}"] == 3
     assert found["moray_router_fenced_hosts_total{router=router-0}"] == 1
     assert found["moray_router_fenced_hosts_total{router=router-1}"] == 0
+    assert found["moray_router_prefix_hit_tokens_total{router=router-1}"] == 10
+    assert found["moray_router_prefix_hit_rate{router=router-1}"] == 0.25
+    assert found["moray_router_prefix_hit_rate{router=router-0}"] == 0
+    assert found["moray_router_requests_refused_total{router=router-1}"] == 4
     assert found["moray_last_event_timestamp_seconds{what=restored}"] == 200
     assert found["moray_last_event_duration_seconds{what=restored}"] == 1.5
     assert found["moray_last_event_timestamp_seconds{what=changed}"] == 300

@@ -278,6 +278,14 @@ def test_a_full_queue_says_when_to_come_back(make_front: Any, endpoint: str, str
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_what_waited_for_too_long_is_a_429_as_well(make_front: Any, stream: bool) -> None:
+    front = make_front([TokenOutput("", [], None, "error", "the request waited for 30 s", retry_after_s=11.5)])
+    response = front.chat(stream=stream)
+    refused(response, 429, "waited for 30 s", code="queue_full")
+    assert response.headers["retry-after"] == "12"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("error", "code"),
     [
