@@ -58,16 +58,20 @@ class StepPace:
 
     def prompt_tokens(self, decoding: int) -> int | None:
         """How many prompt tokens a step may have beside `decoding` sequences; None where nothing is known yet."""
+        room_s = _AIM * self.target_s - self.decoding_s(decoding)
+        if room_s <= 0:
+            return _LEAST_PROMPT_TOKENS
         if not self._prompt:
             return None
-        room_s = _AIM * self.target_s - self.decoding_s(decoding)
         return max(_LEAST_PROMPT_TOKENS, int(_PROMPT_UNIT * room_s / self._prompt))
 
     def sequences(self) -> int:
         """How many sequences may decode at once; at least 1, and at most about twice as many as ever did: what so many more
         cost is not known."""
         known = 2 * self._most_decoding + 2
+        room_s = _DECODING_SHARE * _AIM * self.target_s - self._step
+        if room_s <= 0:
+            return 1
         if not self._decoding:
             return known
-        room_s = _DECODING_SHARE * _AIM * self.target_s - self._step
         return max(1, min(known, int(_DECODING_UNIT * room_s / self._decoding)))
