@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from ..configs.errors import ExpertsUnavailableError, LinkError, PeerTimeoutError
-from ..kernels.combine import combine
 from .host_line import HostLine
 from .links.base import Link
 from .moe_frames import Kind, MoeHeader
@@ -183,15 +182,17 @@ class ExpertDispatch:
         """
         started = time.perf_counter()
         try:
-            while pending.left:
-                if not self._collect(pending):
-                    self._attend()
-                    self._cover(pending)
+            try:
+                while pending.left:
+                    if not self._collect(pending):
+                        self._attend()
+                        self._cover(pending)
+            finally:
+                self.wait_s += time.perf_counter() - started
+            self.expert_tokens[pending.layer - self.table.first_layer] += pending.load
+            return pending.result()
         finally:
             pending.close()
-            self.wait_s += time.perf_counter() - started
-        self.expert_tokens[pending.layer - self.table.first_layer] += pending.load
-        return combine(pending.outputs, pending.topk_weights)
 
     def _collect(self, claim: PendingExperts) -> bool:
         """Take a reply of each host that is asked for open pairs; False as soon as one is not what it should be.
@@ -250,6 +251,7 @@ class ExpertDispatch:
             line.refused()
             return False
         share.claim.take(share, tensors)
+        line.lent_to = share.claim
         self._answered[line.host] += len(share.pairs)
         self.broken.pop(line.host, None)
         return True

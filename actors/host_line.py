@@ -42,6 +42,7 @@ class HostLine:
         refused_until: it refused its last work: as if it is late, others should be asked until then, where there are any.
         slow_until: it was late lately, or slow: it answers, but others should be asked first until then.
         last_s: how long its last reply took.
+        lent_to: whose answer may lie in the link's memory, where the next reply will.
     """
 
     def __init__(self, host: str, link: Link, *, reply_timeout_s: float, clock: Callable[[], float]) -> None:
@@ -52,6 +53,7 @@ class HostLine:
         self.due = math.inf
         self.late = False
         self.last_s = 0.0
+        self.lent_to: PendingExperts | None = None
         self._queued: deque[Share] = deque()
         self._reply_timeout_s = reply_timeout_s
         self._clock = clock
@@ -125,6 +127,9 @@ class HostLine:
         share = self.owed[0]
         if not self.link.wait(deadline=Deadline.after(wait_s)):
             return None
+        if self.lent_to is not None:
+            self.lent_to.keep()
+            self.lent_to = None
         # The rest of a frame follows its beginning at once, unless the host stops right there; and not every link can give
         # up a frame half-way without being lost.
         patience = min(self._reply_timeout_s, self.latency.fence_after_s(len(share.pairs)))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ..configs.errors import LinkError
+from ..kernels.combine import combine_parts
 from .deadline import Deadline
 from .links.base import Link
 from .routes import IntArray
@@ -53,24 +54,30 @@ class PendingExperts:
         self.is_open: npt.NDArray[np.bool_] = np.ones(self.left, dtype=np.bool_)
         self.asked = self.hedged = False
         self.refused: dict[str, str] = {}
-        self._top_k = topk_ids.shape[1]
+        self._tokens, self._top_k = topk_ids.shape
+        self._width = hidden_states.shape[1]
         self._hidden_states = hidden_states
         self._in_memory = hidden_states.device.type == "cpu"
-        self._outputs = hidden_states.new_empty((self.left, hidden_states.shape[1]))
+        self._answers: list[tuple[IntArray, torch.Tensor]] = []
 
-    @property
-    def outputs(self) -> torch.Tensor:
-        """[T, K, H], complete once no pair is left."""
-        return self._outputs.view(*self.topk_weights.shape, -1)
+    def result(self) -> torch.Tensor:
+        """The sum over K in top-k order: [T, H] in fp32. Once no pair is left."""
+        assert not self.left, f"{self.left} pairs are open"
+        return combine_parts(self._answers, self.topk_weights, like=self._hidden_states)
+
+    def keep(self) -> None:
+        """Have the answers so far in memory of their own: a link is about to receive the next frame where they lie."""
+        self._answers = [(pairs, outputs.clone()) for pairs, outputs in self._answers]
 
     def wants(self, share: Share) -> bool:
         """Whether any pair of the share is open still; of one that was asked for and not answered."""
         return self.left > 0 and (not self.hedged or bool(self.is_open[share.pairs].any()))
 
     def close(self) -> None:
-        """Want nothing more: all is there, or the step was given up."""
+        """Want nothing more: the layer is done, or the step was given up."""
         self.is_open[:] = False
         self.left = 0
+        self._answers = []
 
     def frame(self, share: Share, link: Link, *, deadline: Deadline) -> tuple[torch.Tensor, ...]:
         """The tensors that ask for a share: hidden states of its tokens, and its pairs as rows of those and slots.
@@ -80,17 +87,19 @@ class PendingExperts:
         Raises:
             LinkError: see `Link.prepare`.
         """
-        tokens, hidden = len(self._hidden_states), self._hidden_states
-        rows, row_of_pair = _rows(share.pairs // self._top_k, tokens)
+        hidden, count = self._hidden_states, len(share.pairs)
+        rows, row_of_pair = _rows(share.pairs, self._tokens, self._top_k)
         room = None
         if self._in_memory:
-            count = tokens if rows is None else len(rows)
-            forms = (hidden.dtype, (count, hidden.shape[1])), (torch.int32, (2, len(share.pairs)))
+            tokens = self._tokens if rows is None else len(rows)
+            forms = (hidden.dtype, (tokens, self._width)), (torch.int32, (2, count))
             room = link.prepare(forms, deadline=deadline)
         if room is None:
             if rows is not None:
                 hidden = hidden[torch.from_numpy(rows).to(hidden.device)]
-            return hidden, torch.from_numpy(np.stack((row_of_pair, share.slots)).astype(np.int32))
+            pairs = np.empty((2, count), dtype=np.int32)
+            pairs[0], pairs[1] = row_of_pair, share.slots
+            return hidden, torch.from_numpy(pairs)
         if rows is None:
             room[0].copy_(hidden)
         else:
@@ -102,47 +111,41 @@ class PendingExperts:
     def take(self, share: Share, tensors: tuple[torch.Tensor, ...]) -> None:
         """Take the answer to a share of this layer; pairs that others have answered meanwhile keep those bits.
 
+        The answer stays where it lies: see `keep`.
+
         Raises:
             LinkError: it is not what the share's pairs must give.
         """
-        expected, count = self._outputs, len(share.pairs)
-        shape = (count, expected.shape[1])
-        if len(tensors) != 1 or tensors[0].shape != shape or tensors[0].dtype != expected.dtype:
+        pairs, dtype = share.pairs, self._hidden_states.dtype
+        shape = (len(pairs), self._width)
+        if len(tensors) != 1 or tensors[0].shape != shape or tensors[0].dtype != dtype:
             found = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors) or "nothing"
-            raise LinkError(share.host, f"answered {found} instead of {list(shape)} {expected.dtype}")
+            raise LinkError(share.host, f"answered {found} instead of {list(shape)} {dtype}")
         if not self.left:
             return
-        pairs, answer = share.pairs, tensors[0]
+        answer = tensors[0]
         if self.hedged:
-            wanted = np.flatnonzero(self.is_open[share.pairs])
-            if len(wanted) < count:
-                count = len(wanted)
+            wanted = self.is_open[pairs].nonzero()[0]
+            if not len(wanted):
+                return
+            if len(wanted) < len(pairs):
                 pairs, answer = pairs[wanted], answer[torch.from_numpy(wanted).to(answer.device)]
-        if self._in_memory and answer.device.type == "cpu":
-            # At the speed of memory, which torch's own ways to do this are several times below.
-            _bytes_of(expected)[pairs] = _bytes_of(answer)
-        else:
-            expected[torch.from_numpy(pairs).to(expected.device)] = answer.to(expected.device)
-        self.is_open[share.pairs] = False
-        self.left -= count
+        self._answers.append((pairs, answer))
+        self.is_open[pairs] = False
+        self.left -= len(pairs)
 
 
-def _rows(token_of_pair: IntArray, tokens: int) -> tuple[IntArray | None, IntArray]:
-    """Which of so many tokens have pairs, in order; None for all. And for each pair which of those its token is."""
+def _rows(pairs: IntArray, tokens: int, top_k: int) -> tuple[IntArray | None, IntArray | int]:
+    """Which of so many tokens the pairs are of, in order; None for all. And for each pair which of those its token is."""
     if tokens == 1:
-        return None, token_of_pair
+        return None, 0
+    token_of_pair = pairs // top_k
     present = np.zeros(tokens, dtype=np.bool_)
     present[token_of_pair] = True
     rows = present.nonzero()[0]
     if len(rows) == tokens:
         return None, token_of_pair
     return rows, (present.cumsum() - 1)[token_of_pair]
-
-
-def _bytes_of(rows: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Contiguous rows [N, H] as bytes: numpy does not know every dtype."""
-    array: npt.NDArray[np.uint8] = rows.view(torch.uint8).numpy()
-    return array
 
 
 @dataclass(eq=False, slots=True)

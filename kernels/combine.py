@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .cases import Case, Work
@@ -37,6 +39,27 @@ def combine(pair_outputs: torch.Tensor, topk_weights: torch.Tensor) -> torch.Ten
         config=_CONFIG,
     )
     return out
+
+
+def combine_parts(
+    parts: Sequence[tuple[npt.NDArray[np.int64], torch.Tensor]], topk_weights: torch.Tensor, *, like: torch.Tensor
+) -> torch.Tensor:
+    """`combine` of outputs that lie in several places.
+
+    Args:
+        parts: of each the positions [P] in the flattened [T * K], and the outputs [P, H]; together each position once.
+        topk_weights: [T, K] in fp32.
+        like: any tensor [*, H] of the outputs' dtype, on the device to combine on.
+    """
+    tokens, top_k = topk_weights.shape
+    outputs = like.new_empty((tokens * top_k, like.shape[1]))
+    for pairs, rows in parts:
+        if outputs.device.type == "cpu" == rows.device.type:
+            # At the speed of memory, which torch's own ways to do this are several times below.
+            outputs.view(torch.uint8).numpy()[pairs] = rows.view(torch.uint8).numpy()
+        else:
+            outputs[torch.from_numpy(pairs).to(outputs.device)] = rows.to(outputs.device)
+    return combine(outputs.view(tokens, top_k, like.shape[1]), topk_weights)
 
 
 def combine_reference(pair_outputs: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
