@@ -5,6 +5,7 @@ Frames between routers and expert hosts have their own small header in `moe_fram
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,6 +60,16 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     retry_after_s: float | None = None
+
+
+def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
+    """Outputs of one request that follow each other, as one."""
+    first, last = outputs[0], outputs[-1]
+    logprobs = None
+    if first.logprobs is not None:
+        logprobs = [entry for output in outputs for entry in output.logprobs or ()]
+    token_ids = [token_id for output in outputs for token_id in output.token_ids]
+    return TokenOutput(first.request_id, token_ids, logprobs, last.finish_reason, last.error)
 
 
 @dataclass(frozen=True, slots=True)

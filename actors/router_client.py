@@ -113,7 +113,9 @@ class ClusterClient(EngineClient):
                 try:
                     async for output in stream:
                         so_far += output.token_ids
-                        yield replace(output, request_id=request.request_id)
+                        yield TokenOutput(
+                            request.request_id, output.token_ids, output.logprobs, output.finish_reason, output.error
+                        )
                     return
                 except RouterLostError as error:
                     deaths = 1 if len(so_far) - before >= _PROVEN_TOKENS else deaths + 1

@@ -18,6 +18,7 @@ from .heartbeat import Heartbeat, Silence
 from .links.handshake import authenticate_async
 from .links.sockets import shut_down, split_endpoint
 from .messages import GenerateRequest, RouterStats, TokenOutput
+from .token_inbox import TokenInbox
 
 logger = logging.getLogger("moray.front")
 
@@ -260,7 +261,8 @@ class RouterConnection:
 class RouterStream(AsyncIterator[TokenOutput]):
     """What one router answers to one request, until the output with a `finish_reason`. Always to be closed.
 
-    Iterating raises `RouterLostError` where the router was lost; every output that arrived before comes first.
+    Iterating raises `RouterLostError` where the router was lost; every output that arrived before comes first. Outputs that
+    wait to be taken come as one.
 
     Attributes:
         accepted: done once the router has taken the request, with its error if it did not.
@@ -270,30 +272,31 @@ class RouterStream(AsyncIterator[TokenOutput]):
         self.request_id = request_id
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._connection = connection
-        self._inbox: asyncio.Queue[TokenOutput | MorayError] = asyncio.Queue()
+        self._inbox = TokenInbox()
         self._ended = False
 
     async def __anext__(self) -> TokenOutput:
         if self._ended:
             raise StopAsyncIteration
-        item = await self._inbox.get()
-        if isinstance(item, MorayError):
+        try:
+            output = await self._inbox.take()
+        except MorayError:
             self._ended = True
-            raise item
-        self._ended = item.finish_reason is not None
-        return item
+            raise
+        self._ended = output.finish_reason is not None
+        return output
 
     def take(self, output: TokenOutput | None) -> None:
         """The router sent an output; None is the word that it took the request."""
         if not self.accepted.done():
             self.accepted.set_result(None)
         if output is not None:
-            self._inbox.put_nowait(output)
+            self._inbox.put(output)
 
     def fail(self, error: MorayError) -> None:
         """The router will send nothing more."""
         if self.accepted.done():
-            self._inbox.put_nowait(error)
+            self._inbox.put(error)
         else:
             self._ended = True
             self.accepted.set_exception(error)

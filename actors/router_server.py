@@ -132,7 +132,7 @@ class _FrontConnection:
         self._router = router
         self._heartbeat = heartbeat
         self._on_silent = on_silent
-        self._outbox: queue.Queue[bytes | None] = queue.Queue(_MAX_QUEUED_MESSAGES)
+        self._outbox: queue.SimpleQueue[bytes | list[TokenOutput] | None] = queue.SimpleQueue()
         self._mine: set[str] = set()
         self._lock = threading.Lock()
         self.closed = False
@@ -162,22 +162,19 @@ class _FrontConnection:
         self._sock.close()
 
     def sink(self, outputs: list[TokenOutput]) -> None:
-        """Take a step's outputs; never blocks the router."""
-        with self._lock:
-            self._mine.difference_update(output.request_id for output in outputs if output.finish_reason is not None)
+        """Take a step's outputs; costs the router's thread next to nothing, for the writer's thread does the rest."""
         # A router that has ended fails what is left: these requests have not failed, another router can go on with them.
         ending = self._router.closed
-        message = front_channel.outputs_message(outputs) if ending is None else ["ending", ending]
-        self._post(front_channel.encode(message))
+        self._post(outputs if ending is None else front_channel.encode(["ending", ending]))
 
-    def _post(self, data: bytes | None) -> None:
-        try:
-            self._outbox.put_nowait(data)
-        except queue.Full:
+    def _post(self, message: bytes | list[TokenOutput] | None) -> None:
+        if self._outbox.qsize() >= _MAX_QUEUED_MESSAGES and message is not None:
             if not self.closed:
                 self._stuck(f"it has left {_MAX_QUEUED_MESSAGES} messages unread")
             # Not `close`: it would take the router's own locks again. The reader sees the end and closes.
             shut_down(self._sock)
+            return
+        self._outbox.put(message)
 
     def _read(self) -> None:
         waiter = SocketWaiter(self._sock)
@@ -265,6 +262,13 @@ class _FrontConnection:
     def _next_message(self) -> bytes | None:
         """What is to be sent next; a heartbeat where there is nothing else, None at the end."""
         try:
-            return self._outbox.get(timeout=self._heartbeat.every_s)
+            message = self._outbox.get(timeout=self._heartbeat.every_s)
         except queue.Empty:
             return front_channel.ALIVE
+        if not isinstance(message, list):
+            return message
+        ended = [output.request_id for output in message if output.finish_reason is not None]
+        if ended:
+            with self._lock:
+                self._mine.difference_update(ended)
+        return front_channel.encode(front_channel.outputs_message(message))

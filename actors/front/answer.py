@@ -43,6 +43,17 @@ class AnswerDelta:
     finish_reason: Literal["stop", "length"] | None = None
 
 
+def joined(first: AnswerDelta, second: AnswerDelta) -> AnswerDelta:
+    """Two deltas of one answer that follow each other, as one."""
+    return AnswerDelta(
+        first.reasoning + second.reasoning,
+        first.content + second.content,
+        [*first.token_ids, *second.token_ids],
+        [*first.logprobs, *second.logprobs],
+        second.finish_reason,
+    )
+
+
 class Answer:
     """Turns one request's outputs into deltas; how the engine groups tokens into outputs changes nothing in sum.
 

@@ -13,7 +13,7 @@ from .generation import Generation, Run
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
 from .served_model import ServedModel
-from .sse import AnswerFormat
+from .sse import AnswerFormat, TextEvent
 from .text_stream import ReasoningSplitter
 
 
@@ -48,6 +48,9 @@ class ChatFormat(AnswerFormat):
         self._prompt = prompt
         self._tokenizer = model.tokenizer
         self._frame = {"id": answer_id, "created": created, "model": model.name}
+        self._plain = request.wanted_logprobs() is None and not request.return_token_ids
+        self._reasoning: TextEvent | None = None
+        self._content: TextEvent | None = None
 
     def opening(self) -> Iterable[dict[str, Any]]:
         """The chunk that names the role, with the prompt's tokens if they were asked for."""
@@ -68,6 +71,21 @@ class ChatFormat(AnswerFormat):
             texts.append({})
         for number, text in enumerate(texts, start=1):
             yield self._chunk(text) if number < len(texts) else self._chunk(text, delta)
+
+    def events(self, index: int, delta: AnswerDelta) -> bytes:
+        """See `AnswerFormat.events`."""
+        if not self._plain or delta.finish_reason is not None:
+            return super().events(index, delta)
+        data = b""
+        if delta.reasoning:
+            if self._reasoning is None:
+                self._reasoning = TextEvent(lambda text: self._chunk({"reasoning_content": text}))
+            data = self._reasoning(delta.reasoning)
+        if delta.content:
+            if self._content is None:
+                self._content = TextEvent(lambda text: self._chunk({"content": text}))
+            data += self._content(delta.content)
+        return data
 
     def closing(self, generation: Generation) -> Iterable[dict[str, Any]]:
         """The usage, if it was asked for."""

@@ -13,7 +13,7 @@ from .generation import Generation, Run
 from .logprobs import completion_logprobs
 from .protocol import CompletionRequest
 from .served_model import ServedModel
-from .sse import AnswerFormat
+from .sse import AnswerFormat, TextEvent
 
 
 def prompt_token_ids(prompt: str | list[int], model: ServedModel) -> list[int]:
@@ -74,6 +74,8 @@ class CompletionFormat(AnswerFormat):
         self._tokenizer = model.tokenizer
         self._frame = {"id": answer_id, "object": "text_completion", "created": created, "model": model.name}
         self._opened: set[int] = set()
+        self._plain = request.wanted_logprobs() is None and not request.return_token_ids
+        self._texts: dict[int, TextEvent] = {}
 
     def opening(self) -> Iterable[dict[str, Any]]:
         """Nothing: there is no role to name."""
@@ -90,10 +92,19 @@ class CompletionFormat(AnswerFormat):
         if wants_ids and index not in self._opened:
             choice["prompt_token_ids"] = self._prompts[index]
         self._opened.add(index)
-        chunk = {**self._frame, "choices": [choice]}
-        if self._request.include_usage:
-            chunk["usage"] = None
-        yield chunk
+        yield self._chunk(choice)
+
+    def events(self, index: int, delta: AnswerDelta) -> bytes:
+        """See `AnswerFormat.events`."""
+        if not self._plain or delta.finish_reason is not None:
+            return super().events(index, delta)
+        if not delta.content:
+            return b""
+        write = self._texts.get(index)
+        if write is None:
+            write = TextEvent(lambda text: self._chunk(self._choice(index, [AnswerDelta(content=text)])))
+            self._texts[index] = write
+        return write(delta.content)
 
     def closing(self, generation: Generation) -> Iterable[dict[str, Any]]:
         """The usage, if it was asked for."""
@@ -107,6 +118,12 @@ class CompletionFormat(AnswerFormat):
             for choice, prompt in zip(choices, self._prompts, strict=True):
                 choice["prompt_token_ids"] = prompt
         return {**self._frame, "choices": choices, "usage": _usage(generation)}
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._frame, "choices": [choice]}
+        if self._request.include_usage:
+            chunk["usage"] = None
+        return chunk
 
     def _choice(self, index: int, parts: list[AnswerDelta]) -> dict[str, Any]:
         top = self._request.wanted_logprobs()

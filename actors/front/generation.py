@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from ..engine_client import EngineClient
 from ..messages import GenerateRequest, TokenOutput
-from .answer import Answer, AnswerDelta
+from .answer import Answer, AnswerDelta, joined
 from .http_errors import EngineFailedError
+from .patience import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Run:
 
 
 class Generation:
-    """The runs of one request, side by side. Use as `async with`: leaving it cancels what has not ended.
+    """The runs of one request, side by side.
 
     Args:
         client: the engine.
@@ -56,86 +57,100 @@ class Generation:
         self._client = client
         self._stall_timeout_s = stall_timeout_s
         self._observer = observer
-        self._tasks: list[asyncio.Task[None]] = []
-        self._events: asyncio.Queue[tuple[int, AnswerDelta | Exception]] = asyncio.Queue()
-        self._unfinished = len(self.runs)
-        self._closing: set[int] = set()  # runs that are letting go of the engine by themselves
 
-    @property
-    def finished(self) -> bool:
-        """Whether the last delta of every run has been handed out."""
-        return self._unfinished == 0
+    def deltas(self, patience: Patience) -> AsyncGenerator[tuple[int, AnswerDelta]]:
+        """Every delta with the index of its run, in each run's order; what nobody took in time comes as one.
 
-    async def next(self, *, timeout_s: float) -> tuple[int, AnswerDelta] | None:
-        """The next delta with the index of its run, in each run's order; None if none came in time.
+        Closing it ends every run that has not ended, and waits until the engine has let go of all of them.
 
-        Raises:
+        Args:
+            patience: entered by the task that iterates; what it waits for here is the engine.
+
+        Raises (from the iteration):
             Exception: what the engine raised for one of the runs.
         """
-        assert self._tasks, "use `async with`"
+        # One run needs no task of its own, and a token no hop from one task to another.
+        return self._run(0, patience) if len(self.runs) == 1 else self._side_by_side()
+
+    async def _side_by_side(self) -> AsyncGenerator[tuple[int, AnswerDelta]]:
+        untaken: dict[int, AnswerDelta | Exception] = {}
+        arrived = asyncio.Event()
+
+        async def run(number: int) -> None:
+            try:
+                async with Patience() as patience, aclosing(self._run(number, patience)) as deltas:
+                    async for index, delta in deltas:
+                        before = untaken.get(index)
+                        untaken[index] = joined(before, delta) if isinstance(before, AnswerDelta) else delta
+                        arrived.set()
+            except Exception as error:
+                # Whatever it is, the request's own task answers the client with it.
+                untaken[number] = error
+                arrived.set()
+
+        tasks = [asyncio.create_task(run(number)) for number in range(len(self.runs))]
+        unfinished = len(tasks)
         try:
-            async with asyncio.timeout(timeout_s):
-                index, event = await self._events.get()
-        except TimeoutError:
-            return None
-        if isinstance(event, Exception):
-            raise event
-        if event.finish_reason is not None:
-            self._unfinished -= 1
-        return index, event
+            while unfinished:
+                await arrived.wait()
+                arrived.clear()
+                taken, untaken = untaken, {}
+                for index, item in taken.items():
+                    if isinstance(item, Exception):
+                        raise item
+                    unfinished -= item.finish_reason is not None
+                    yield index, item
+        finally:
+            await cancel_and_wait(tasks)
 
-    async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._run(index, run)) for index, run in enumerate(self.runs)]
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # A run that is closing must not be cancelled in the middle: the engine would not hear that it is over.
-        running = [task for index, task in enumerate(self._tasks) if index not in self._closing]
-        closing = [task for index, task in enumerate(self._tasks) if index in self._closing]
-        await cancel_and_wait(running, also=closing)
-
-    async def _run(self, index: int, run: Run) -> None:
-        """One prompt, from start to end. The task owns the engine's iterator, so that it can always be closed."""
+    async def _run(self, index: int, patience: Patience) -> AsyncGenerator[tuple[int, AnswerDelta]]:
+        """One prompt, from start to end."""
+        run = self.runs[index]
+        answer, observer, clock = run.answer, self._observer, time.monotonic
+        stall_timeout_s, stalled = self._stall_timeout_s, self._stalled
         reason = "error"
         outputs = self._client.generate(run.request)
-        last = time.monotonic()
+        last = clock()
         first = True
         try:
             while True:
-                output = await self._next_output(outputs)
-                now = time.monotonic()
-                before = run.answer.completion_tokens
-                delta = run.answer.feed(output)
+                patience.give(stall_timeout_s, stalled)
+                output = await anext(outputs)
+                now = clock()
+                delta = answer.feed(output)
                 if delta.token_ids:
-                    self._observer.on_tokens(run.answer.completion_tokens - before, waited_s=now - last, first=first)
+                    observer.on_tokens(len(delta.token_ids), waited_s=now - last, first=first)
                     first, last = False, now
-                reason = delta.finish_reason or reason
-                self._events.put_nowait((index, delta))
                 if delta.finish_reason is not None:
+                    reason = delta.finish_reason
+                    yield index, delta
                     return
-        except asyncio.CancelledError:
-            reason = "cancelled"
-            raise
-        except Exception as error:
-            # Whatever it is, the request's own task answers the client with it.
-            self._events.put_nowait((index, error))
-        finally:
-            self._closing.add(index)
-            self._observer.on_end(reason, prompt_tokens=len(run.request.prompt_token_ids))
-            await outputs.aclose()
-
-    async def _next_output(self, outputs: AsyncIterator[TokenOutput]) -> TokenOutput:
-        try:
-            async with asyncio.timeout(self._stall_timeout_s) as stall:
-                return await anext(outputs)
-        except TimeoutError:
-            if not stall.expired():
-                raise
-            raise EngineFailedError(f"the engine sent nothing for {self._stall_timeout_s:g} s", status=503) from None
+                yield index, delta
         except StopAsyncIteration:
             raise EngineFailedError("the engine ended the request without a reason") from None
+        except asyncio.CancelledError:
+            reason = "error" if patience.expired else "cancelled"
+            raise
+        except GeneratorExit:
+            if reason == "error":  # closed early, by whoever iterates
+                reason = "cancelled"
+            raise
+        finally:
+            observer.on_end(reason, prompt_tokens=len(run.request.prompt_token_ids))
+            await _let_go(outputs)
+
+    def _stalled(self) -> EngineFailedError:
+        return EngineFailedError(f"the engine sent nothing for {self._stall_timeout_s:g} s", status=503)
+
+
+async def _let_go(outputs: AsyncGenerator[TokenOutput]) -> None:
+    """Close the engine's iterator, though this be cancelled meanwhile: the engine must hear that the request is over."""
+    closing = asyncio.create_task(outputs.aclose())
+    try:
+        await cancel_and_wait([], also=[closing])
+    except asyncio.CancelledError:
+        await cancel_and_wait([], also=[closing])
+        raise
 
 
 async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]], *, also: Collection[asyncio.Task[Any]] = ()) -> None:

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from json.encoder import encode_basestring
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -93,9 +94,21 @@ class JsonResponse(Response):
 
 def to_json(value: Any) -> str:
     """The one way this package writes JSON."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return _LINE_BREAKS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return _without_line_breaks(_ENCODER.encode(value))
 
+
+def text_to_json(text: str) -> str:
+    """A text as `to_json` writes it, for every token of every stream: the encoder's own way to it costs ten times as much."""
+    return _without_line_breaks(encode_basestring(text))
+
+
+def _without_line_breaks(json_text: str) -> str:
+    if json_text.isascii():
+        return json_text
+    return _LINE_BREAKS.sub(lambda match: f"\\u{ord(match[0]):04x}", json_text)
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 _LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
 """Clients that cut SSE into lines with Python's `splitlines` would cut at these, so they travel escaped."""

@@ -6,14 +6,17 @@ load balancer each scrape reaches one replica, and without it their counters wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ..messages import ClusterStatus, Event, Health, ProcessState, RouterStats
 from .health import is_healthy, late_hosts
@@ -90,9 +93,7 @@ class FrontMetrics:
         self._prompt_tokens = Counter(
             "moray_prompt_tokens", "Tokens of prompts that ended.", label(), registry=self.registry
         ).labels(front_id)
-        self._completion_tokens = Counter(
-            "moray_completion_tokens", "Tokens generated for clients.", label(), registry=self.registry
-        ).labels(front_id)
+        self._completion_tokens = 0
         self._resubmitted = Counter(
             "moray_requests_resubmitted",
             "Requests that went on at another router because their own was lost.",
@@ -100,20 +101,13 @@ class FrontMetrics:
             registry=self.registry,
         ).labels(front_id)
         self._resubmitted_before = 0
-        self._ttft = Histogram(
+        self._ttft = _Times(
             "moray_time_to_first_token_seconds",
             "From handing a prompt to the engine to its first token.",
-            label(),
-            buckets=_TTFT_BUCKETS,
-            registry=self.registry,
-        ).labels(front_id)
-        self._itl = Histogram(
-            "moray_inter_token_latency_seconds",
-            "Between a token and the one before it.",
-            label(),
-            buckets=_ITL_BUCKETS,
-            registry=self.registry,
-        ).labels(front_id)
+            _TTFT_BUCKETS,
+        )
+        self._itl = _Times("moray_inter_token_latency_seconds", "Between a token and the one before it.", _ITL_BUCKETS)
+        self.registry.register(_TokenCollector(self._token_families))
 
     def on_request_start(self, endpoint: str) -> None:
         """A request arrived."""
@@ -127,12 +121,18 @@ class FrontMetrics:
 
     def on_tokens(self, count: int, *, waited_s: float, first: bool) -> None:
         """See `TokenObserver`. Tokens that came together share the wait."""
-        self._completion_tokens.inc(count)
+        self._completion_tokens += count
         if first:
-            self._ttft.observe(waited_s)
-            return
-        for _ in range(count):
-            self._itl.observe(waited_s / count)
+            self._ttft.observe(waited_s, 1)
+        else:
+            self._itl.observe(waited_s / count, count)
+
+    def _token_families(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily("moray_completion_tokens", "Tokens generated for clients.", labels=["front"])
+        tokens.add_metric([self._front], self._completion_tokens)
+        yield tokens
+        yield self._ttft.family(self._front)
+        yield self._itl.family(self._front)
 
     def on_end(self, reason: str, *, prompt_tokens: int) -> None:
         """See `TokenObserver`."""
@@ -151,6 +151,45 @@ class FrontMetrics:
         cluster = CollectorRegistry()
         cluster.register(_ClusterCollector(status))
         return generate_latest(self.registry) + generate_latest(cluster)
+
+
+class _Times:
+    """A histogram that is told something for every token of every stream. The library's own takes a lock, and looks at its
+    buckets one by one.
+
+    Args:
+        name, text: of the series.
+        bounds: upper ends of the buckets, in seconds; the last bucket has none.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = tuple(map(float, bounds))
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float, times: int) -> None:
+        """It took so long, so many times."""
+        self._counts[bisect_left(self._bounds, seconds)] += times
+        self._sum += seconds * times
+
+    def family(self, front: str) -> Metric:
+        """What has been observed, under this front's label."""
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        family = HistogramMetricFamily(self._name, self._text, labels=["front"])
+        family.add_metric([front], list(zip(bounds, accumulate(self._counts), strict=True)), self._sum)
+        return family
+
+
+@dataclass(frozen=True, eq=False)
+class _TokenCollector(Collector):
+    """Families that are made when they are asked for."""
+
+    families: Callable[[], Iterator[Metric]]
+
+    def collect(self) -> Iterator[Metric]:
+        return self.families()
 
 
 @dataclass(frozen=True, eq=False)
