@@ -22,8 +22,8 @@ class QueueTime:
         self._seconds = kept * self._seconds + seconds
         self._admitted = kept * self._admitted + admitted
 
-    def wait_s(self, ahead: int) -> float | None:
-        """Seconds until `ahead` requests have left the queue; None where that is not known."""
+    def wait_s(self, requests: int) -> float | None:
+        """Seconds until so many more requests have left the queue; None where that is not known."""
         if self._seconds < _LEAST_SEEN_S:
             return None
-        return ahead * self._seconds / max(self._admitted, 1.0)
+        return requests * self._seconds / max(self._admitted, 1.0)

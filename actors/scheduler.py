@@ -118,7 +118,7 @@ class Scheduler:
         self._filler: dict[int, Sequence] = {}  # of pages that are shareable and not filled yet
         self._reserve = 1.0  # pages that each running sequence is to find when it grows
         self._arrivals = 0
-        self._admitted = 0  # in the step that was scheduled last
+        self._admitted = self._decoding = 0  # sequences of the step that was scheduled last
         self._clock_s = (
             0.0  # stands still while no step succeeds: what is held up by lost experts is not the queue's fault
         )
@@ -162,6 +162,7 @@ class Scheduler:
             self._reserve = max(1.0, self._reserve - 1.0 / (_RESERVE_SINKS_PAGES * self.pool.page_size))
             if self.waiting:
                 self._admit_waiting()
+        self._decoding = len(lengths)
         budget = self.token_budget - len(lengths)
         if lengths and self._pace is not None and (bound := self._pace.prompt_tokens(len(lengths))) is not None:
             budget = min(budget, bound)
@@ -193,13 +194,11 @@ class Scheduler:
         if self.waiting:
             self._queue.observe(self._admitted, seconds)
         if self._pace is not None:
-            tokens = sum(chunk.length for chunk in chunks)
-            decoding = sum(chunk.samples and chunk.length == 1 for chunk in chunks)
-            self._pace.observe(decoding, tokens - decoding, seconds)
+            self._pace.observe(self._decoding, sum(chunk.length for chunk in chunks) - self._decoding, seconds)
 
     def wait_s(self, ahead: int) -> float | None:
         """Seconds that a request with so many `ahead` of it in the queue will wait; None where that is not known."""
-        return self._queue.wait_s(ahead)
+        return self._queue.wait_s(max(0, ahead + 1 - (self._most_running() - len(self.running))))
 
     def too_long(self, ahead: int) -> float | None:
         """The same where it is longer than `max_wait_s`, else None."""
@@ -224,7 +223,7 @@ class Scheduler:
     def _admit_waiting(self) -> None:
         """Let requests in, in the order they came, as long as there is room."""
         reserved = sum(self._reserved(sequence, len(sequence.pages)) for sequence in self.running)
-        most = self.max_running if self._pace is None else min(self.max_running, self._pace.sequences())
+        most = self._most_running()
         while self._admitted < len(self.waiting) and len(self.running) < most:
             sequence = self.waiting[self._admitted]
             if self.running:
@@ -233,6 +232,9 @@ class Scheduler:
                 break
             self._admitted += 1
         del self.waiting[: self._admitted]
+
+    def _most_running(self) -> int:
+        return self.max_running if self._pace is None else min(self.max_running, self._pace.sequences())
 
     def _admit(self, sequence: Sequence, reserve: int) -> bool:
         """Let a sequence run if the pool has pages for its tokens, and `reserve` more for those that run."""
