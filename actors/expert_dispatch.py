@@ -323,14 +323,14 @@ class ExpertDispatch:
         """
         experts = claim.experts if pairs is None else claim.experts[pairs]
         if routes.single:
-            keys = routes.keys[0, experts]
+            keys = routes.keys[0].take(experts)
         else:
             load = claim.load if pairs is None else None
             keys = routes.keys[choose_replicas(experts, routes.hosts, routes.count, load=load), experts]
         # One stable sort groups the pairs by host and, within a host, by slot with tokens ascending.
         order = keys.argsort(kind="stable")
-        keys = keys[order]
-        ends = keys.searchsorted(self._routes.first_keys).tolist()
+        keys = keys.take(order)
+        ends = keys.searchsorted(routes.first_keys).tolist()
         slots = keys % routes.width
         sorted_pairs = order if pairs is None else pairs[order]
         shares = 0

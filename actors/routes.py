@@ -25,6 +25,7 @@ class LayerRoutes:
         hosts, slots: [R, E] index of the host of each replica, and its slot there; from `count` on they mean nothing.
         count: [E] replicas that can be asked; 0 for experts that nobody can be asked for.
         keys: [R, E] host * width + slot, so that sorting by it groups by host, then by slot.
+        first_keys: [hosts + 1] the least key of each host, and one more than the greatest of the last.
         width: slots that keys have room for, as many for every host.
         complete: whether every expert can be asked for.
         single: whether no expert has more than one replica, so that there is nothing to choose.
@@ -34,6 +35,7 @@ class LayerRoutes:
     slots: IntArray
     count: IntArray
     keys: npt.NDArray[np.integer]
+    first_keys: npt.NDArray[np.integer]
     width: int
     complete: bool
     single: bool
@@ -44,7 +46,6 @@ class Routes:
 
     Attributes:
         hosts: ids of the table's hosts; their indices are used everywhere else.
-        first_keys: [hosts + 1] where each host's part of `LayerRoutes.keys` begins, and where the last one's ends.
     """
 
     def __init__(self, table: PlacementTable) -> None:
@@ -75,7 +76,10 @@ class Routes:
         self._hosts[layer, rank, expert] = host
         self._slots[layer, rank, expert] = slot
         self._width = int(self._slots.max(initial=0)) + 1
-        self.first_keys = np.arange(len(self.hosts) + 1) * self._width
+        first_keys = np.arange(len(self.hosts) + 1) * self._width
+        # Sorting 16 bits is several times faster than 64; the last host is the one that does not exist.
+        small = first_keys[-1] + self._width <= np.iinfo(np.uint16).max
+        self._first_keys: npt.NDArray[np.integer] = first_keys.astype(np.uint16 if small else np.int64)
         self._made: dict[int, LayerRoutes] = {}
         self._made_for: tuple[int, ...] = ()
 
@@ -104,7 +108,6 @@ class Routes:
         first = np.argsort(~kept, axis=0, kind="stable")
         chosen, slots = np.take_along_axis(hosts, first, axis=0), np.take_along_axis(self._slots[index], first, axis=0)
         count = kept.sum(axis=0)
-        # Sorting 16 bits is several times faster than 64.
-        small = (len(self.hosts) + 1) * self._width <= np.iinfo(np.uint16).max
-        keys = (chosen * self._width + slots).astype(np.uint16 if small else np.int64)
-        return LayerRoutes(chosen, slots, count, keys, self._width, bool(count.all()), bool(count.max(initial=0) <= 1))
+        keys = (chosen * self._width + slots).astype(self._first_keys.dtype)
+        complete, single = bool(count.all()), bool(count.max(initial=0) <= 1)
+        return LayerRoutes(chosen, slots, count, keys, self._first_keys, self._width, complete, single)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
+_AT_ONCE = 1 << 18
+"""Elements whose products are computed at once: 1 MB of them, measured. Larger tensors come from the system anew each time."""
+
+
 def combine(pair_outputs: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
     """Sum expert outputs [T, K, H] with weights [T, K] (fp32) in fp32 and in top-k order, giving [T, H] in fp32.
 
@@ -24,7 +28,7 @@ def combine(pair_outputs: torch.Tensor, topk_weights: torch.Tensor) -> torch.Ten
     formula gives.
     """
     if not uses_triton(pair_outputs, topk_weights):
-        return combine_reference(pair_outputs, topk_weights)
+        return _combine_on_cpu(pair_outputs, topk_weights)
     assert topk_weights.dtype == torch.float32, topk_weights.dtype
     tokens, top_k, width = pair_outputs.shape
     out = torch.empty((tokens, width), dtype=torch.float32, device=pair_outputs.device)
@@ -53,13 +57,30 @@ def combine_parts(
     """
     tokens, top_k = topk_weights.shape
     outputs = like.new_empty((tokens * top_k, like.shape[1]))
-    for pairs, rows in parts:
-        if outputs.device.type == "cpu" == rows.device.type:
-            # At the speed of memory, which torch's own ways to do this are several times below.
-            outputs.view(torch.uint8).numpy()[pairs] = rows.view(torch.uint8).numpy()
-        else:
+    if outputs.is_cpu:
+        # At the speed of memory, which torch's own ways to do this are several times below.
+        place = outputs.view(torch.uint8).numpy()
+        for pairs, rows in parts:
+            place[pairs] = rows.cpu().view(torch.uint8).numpy()
+    else:
+        for pairs, rows in parts:
             outputs[torch.from_numpy(pairs).to(outputs.device)] = rows.to(outputs.device)
     return combine(outputs.view(tokens, top_k, like.shape[1]), topk_weights)
+
+
+def _combine_on_cpu(pair_outputs: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+    """The bits of `combine_reference` in fewer operations: most of them cost more than what a few tokens take."""
+    if pair_outputs.numel() > _AT_ONCE:
+        outputs, weights = pair_outputs.unbind(1), topk_weights.unsqueeze(-1).unbind(1)
+        total = outputs[0].float() * weights[0]
+        for output, weight in zip(outputs[1:], weights[1:], strict=True):
+            total += output.float() * weight
+        return total
+    first, *others = (pair_outputs.float() * topk_weights.unsqueeze(-1)).unbind(1)
+    total = first + others[0] if others else first.clone()
+    for other in others[1:]:
+        total += other
+    return total
 
 
 def combine_reference(pair_outputs: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from moray.actors.links import LinkKind
 from moray.actors.testing import EngineParts
-from moray.kernels.combine import combine, combine_parts
+from moray.kernels.combine import combine, combine_parts, combine_reference
 from moray.model.testing import write_random_checkpoint
 
 
@@ -59,11 +59,15 @@ def test_hosts_give_the_same_bits_however_many_there_are(parts: EngineParts) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 7])
-def test_parts_are_combined_as_a_whole_is(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "width"), [(0, 3, 40), (1, 8, 40), (7, 1, 16), (5, 3, 4096), (40, 8, 1024)]
+)
+def test_parts_are_combined_as_a_whole_is(tokens: int, top_k: int, width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
-    outputs = torch.randn(tokens, 3, 40, generator=generator).to(dtype)
-    weights = torch.rand(tokens, 3, generator=generator)
-    flat, order = outputs.flatten(0, 1), torch.randperm(3 * tokens, generator=generator)
-    parts = [(some.numpy(), flat[some]) for some in order.split(2)]
-    assert torch.equal(combine_parts(parts, weights, like=outputs[:, 0]), combine(outputs, weights))
+    outputs = torch.randn(tokens, top_k, width, generator=generator).to(dtype)
+    weights = torch.rand(tokens, top_k, generator=generator)
+    flat, order = outputs.flatten(0, 1), torch.randperm(top_k * tokens, generator=generator)
+    parts = [(some.numpy(), flat[some]) for some in order.split(5)]
+    expected = combine_reference(outputs, weights)
+    assert torch.equal(combine_parts(parts, weights, like=outputs[:, 0]), expected)
+    assert torch.equal(combine(outputs, weights), expected)
