@@ -6,6 +6,9 @@ import argparse
 import math
 import re
 
+LENGTHS_WRITTEN = "a number, LOW-HIGH, lognormal:MEDIAN:P95, or file:PATH with a number on each line"
+"""How lengths in tokens are given; read by `simulation.trace.parse_lengths`."""
+
 
 def at_least_one(text: str) -> int:
     """A whole number of at least 1."""

@@ -14,6 +14,7 @@ from .. import __version__
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import MorayError
 from .admin_cli import add_admin_commands
+from .bench.cli import add_bench
 from .deployment_flags import deployment_with
 from .doctor import add_doctor
 from .fetch_cli import add_fetch
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add_admin_commands(commands)
     add_plan(commands)
     add_simulate(commands)
+    add_bench(commands)
     add_fetch(commands)
     add_up(commands)
     add_doctor(commands)

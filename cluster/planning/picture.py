@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from xml.sax.saxutils import escape, quoteattr
 
+from ..svg import bar, document, frame, text
 from .footprint import (
     ACTIVATIONS,
     BUFFERS,
@@ -61,24 +61,15 @@ class _Canvas:
         self._elements: list[str] = []
 
     def text(
-        self, x: float, text: str, *, size: int = 12, bold: bool = False, end: bool = False, down: float = 12
+        self, x: float, words: str, *, size: int = 12, bold: bool = False, end: bool = False, down: float = 12
     ) -> None:
-        weight = ' font-weight="bold"' if bold else ""
-        anchor = ' text-anchor="end"' if end else ""
-        self._elements.append(
-            f'<text x="{x:.1f}" y="{self.y + down:.1f}" font-size="{size}"{weight}{anchor}>{escape(text)}</text>'
-        )
+        self._elements.append(text(x, self.y + down, words, size=size, bold=bold, end=end))
 
     def bar(self, x: float, width: float, colour: str, title: str, *, opacity: float = 1.0) -> None:
-        self._elements.append(
-            f'<rect x="{x:.2f}" y="{self.y:.1f}" width="{max(0.0, width):.2f}" height="{_BAR}" fill="{colour}" '
-            f'fill-opacity="{opacity}"><title>{escape(title)}</title></rect>'
-        )
+        self._elements.append(bar(x, self.y, width, _BAR, colour, title, opacity=opacity))
 
     def frame(self, x: float, width: float) -> None:
-        self._elements.append(
-            f'<rect x="{x:.2f}" y="{self.y:.1f}" width="{width:.2f}" height="{_BAR}" fill="none" stroke="#888"/>'
-        )
+        self._elements.append(frame(x, self.y, width, _BAR, "#888"))
 
     def legend(self, colours: Iterable[tuple[str, str]]) -> None:
         x = 20.0
@@ -92,12 +83,7 @@ class _Canvas:
         self.y += 1.5 * _ROW
 
     def document(self, title: str) -> str:
-        height = self.y + _ROW
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height:.0f}" '
-            f'viewBox="0 0 {_WIDTH} {height:.0f}" font-family="sans-serif" role="img" aria-label={quoteattr(title)}>\n'
-            f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(self._elements) + "\n</svg>\n"
-        )
+        return document(_WIDTH, self.y + _ROW, title, self._elements)
 
 
 def draw(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...configs.deployment import EMBEDDED_MODEL, Deployment
 from ...configs.errors import ConfigError
-from ..argument_types import above_zero, at_least_one
+from ..argument_types import LENGTHS_WRITTEN, above_zero, at_least_one
 from ..deployment_flags import deployment_with
 
 if TYPE_CHECKING:
@@ -111,8 +111,9 @@ def _add_trace(simulate: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--trace", type=Path, metavar="FILE", help="JSON lines with arrival_s, prompt_tokens and output_tokens each"
     )
-    lengths = "a number, lognormal:MEDIAN:P95, or file:PATH with a number on each line"
-    simulate.add_argument("--prompt", default="1024", metavar="TOKENS", help=f"of prompts: {lengths} (default 1024)")
+    simulate.add_argument(
+        "--prompt", default="1024", metavar="TOKENS", help=f"of prompts: {LENGTHS_WRITTEN} (default 1024)"
+    )
     simulate.add_argument("--output", default="512", metavar="TOKENS", help="generated, likewise (default 512)")
     simulate.add_argument("--requests", type=at_least_one, metavar="N", help="with --clients: so many in all")
     simulate.add_argument(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
+from ..svg import curve, document, frame, text
 from .measure import Happening, Moment, Result
 from .report import Simulated
 
@@ -34,23 +35,19 @@ def draw(simulated: Simulated) -> str:
     result = simulated.result
     moments = result.moments
     charts = _charts(moments) if moments else []
-    elements = [_text(20, 26, simulated.title, size=16, bold=True)]
+    elements = [text(20, 26, simulated.title, size=16, bold=True)]
     summary = (
         f"{result.output_rate:.0f} tokens/s, to the first token {1e3 * result.ttft.p50:.0f} ms "
         f"(p99 {1e3 * result.ttft.p99:.0f}), between tokens {1e3 * result.itl.p50:.1f} ms (p99 {1e3 * result.itl.p99:.1f})"
     )
-    elements.append(_text(20, 46, summary))
+    elements.append(text(20, 46, summary))
     top = 84
     for title, lines, most in charts:
         elements += _chart(title, lines, most, [moment.at for moment in moments], top)
         top += _HEIGHT + _GAP
     if moments:
         elements += _marks(result, moments[-1].at, 84, top - _GAP)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{top}" viewBox="0 0 {_WIDTH} {top}" '
-        f'font-family="sans-serif" role="img" aria-label={quoteattr(simulated.title)}>\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(elements) + "\n</svg>\n"
-    )
+    return document(_WIDTH, top, simulated.title, elements)
 
 
 def _charts(moments: Sequence[Moment]) -> list[tuple[str, list[_Line], float | None]]:
@@ -97,26 +94,21 @@ def _chart(title: str, lines: Sequence[_Line], most: float | None, times: Sequen
     bottom, last = top + _HEIGHT, times[-1]
     highest = max([most or 0.0, *(value for line in lines for value in line.values)]) or 1.0
     elements = [
-        _text(20, top - 10, title, bold=True),
-        f'<rect x="{_LEFT}" y="{top}" width="{_WIDTH - _LEFT - _RIGHT}" height="{_HEIGHT}" fill="none" stroke="#ccc"/>',
-        _text(_LEFT - 6, top + 10, f"{highest:.4g}", size=10, end=True),
-        _text(_LEFT - 6, bottom, "0", size=10, end=True),
-        _text(_LEFT, bottom + 13, "0 s", size=10),
-        _text(_WIDTH - _RIGHT, bottom + 13, f"{last:.4g} s", size=10, end=True),
+        text(20, top - 10, title, bold=True),
+        frame(_LEFT, top, _WIDTH - _LEFT - _RIGHT, _HEIGHT),
+        text(_LEFT - 6, top + 10, f"{highest:.4g}", size=10, end=True),
+        text(_LEFT - 6, bottom, "0", size=10, end=True),
+        text(_LEFT, bottom + 13, "0 s", size=10),
+        text(_WIDTH - _RIGHT, bottom + 13, f"{last:.4g} s", size=10, end=True),
     ]
     x = 110.0
     for line in lines:
         elements.append(f'<rect x="{x:.0f}" y="{top - 19}" width="12" height="10" fill="{line.colour}"/>')
-        elements.append(_text(x + 17, top - 10, line.name))
+        elements.append(text(x + 17, top - 10, line.name))
         x += 32 + 7.0 * len(line.name)
-        points = " ".join(
-            f"{_x(at, last):.1f},{bottom - _HEIGHT * value / highest:.1f}"
-            for at, value in zip(times, line.values, strict=True)
-        )
-        elements.append(
-            f'<polyline points="{points}" fill="none" stroke="{line.colour}" stroke-width="1.5"><title>{escape(line.name)}'
-            "</title></polyline>"
-        )
+        points = zip(times, line.values, strict=True)
+        drawn = ((_x(at, last), bottom - _HEIGHT * value / highest) for at, value in points)
+        elements.append(curve(drawn, line.colour, line.name))
     return elements
 
 
@@ -132,9 +124,3 @@ def _marks(result: Result, last: float, top: int, bottom: int) -> list[str]:
 
 def _x(at: float, last: float) -> float:
     return _LEFT + (_WIDTH - _LEFT - _RIGHT) * at / last
-
-
-def _text(x: float, y: float, text: str, *, size: int = 12, bold: bool = False, end: bool = False) -> str:
-    weight = ' font-weight="bold"' if bold else ""
-    anchor = ' text-anchor="end"' if end else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}"{weight}{anchor}>{escape(text)}</text>'

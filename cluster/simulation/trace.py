@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...configs.errors import ConfigError
+from ..argument_types import LENGTHS_WRITTEN
 
 _P95 = 1.6448536269514722
 """The normal distribution's 95th percentile, in standard deviations."""
@@ -61,6 +63,21 @@ class Fixed:
 
 
 @dataclass(frozen=True, slots=True)
+class Even:
+    """From `least` to `most`, each as often as any other."""
+
+    least: int
+    most: int
+
+    def draw(self, generator: np.random.Generator) -> int:
+        """See `Lengths`."""
+        return int(generator.integers(self.least, self.most + 1))
+
+    def __str__(self) -> str:
+        return f"{self.least} to {self.most}"
+
+
+@dataclass(frozen=True, slots=True)
 class LogNormal:
     """Half of them below `median`, 19 of 20 below `p95`."""
 
@@ -91,7 +108,7 @@ class Measured:
 
 
 def parse_lengths(text: str) -> Lengths:
-    """Lengths as written on the command line: 1024, lognormal:MEDIAN:P95, or file:PATH with a number on each line.
+    """Lengths as `LENGTHS_WRITTEN` says: 1024, 64-256, lognormal:MEDIAN:P95, or file:PATH.
 
     Raises:
         ConfigError: it is not written so, or the file cannot be read.
@@ -99,20 +116,25 @@ def parse_lengths(text: str) -> Lengths:
     kind, _, rest = text.partition(":")
     if kind == "file":
         return _measured(rest)
-    try:
-        median, p95 = map(float, rest.split(":")) if kind == "lognormal" else (0.0, 0.0)
-        tokens = 0 if kind == "lognormal" else int(text)
-    except ValueError:
-        raise ConfigError(
-            f"{text!r}: must be a number of tokens, lognormal:MEDIAN:P95, or file:PATH with a number on each line"
-        ) from None
     if kind == "lognormal":
-        if not 1 <= median < p95 < math.inf:
-            raise ConfigError(f"{text!r}: the median must be at least 1, and below the 95th percentile")
-        return LogNormal(median, p95)
-    if tokens < 1:
-        raise ConfigError(f"{text!r}: must be at least 1")
-    return Fixed(tokens)
+        return _log_normal(text, rest)
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
+    if found is None:
+        raise ConfigError(f"{text!r}: must be tokens: {LENGTHS_WRITTEN}")
+    least, most = int(found[1]), int(found[2] or found[1])
+    if not 1 <= least <= most:
+        raise ConfigError(f"{text!r}: must be at least 1, and end where it begins or later")
+    return Fixed(least) if found[2] is None else Even(least, most)
+
+
+def _log_normal(text: str, rest: str) -> LogNormal:
+    try:
+        median, p95 = map(float, rest.split(":"))
+    except ValueError:
+        raise ConfigError(f"{text!r}: must be tokens: {LENGTHS_WRITTEN}") from None
+    if not 1 <= median < p95 < math.inf:
+        raise ConfigError(f"{text!r}: the median must be at least 1, and below the 95th percentile")
+    return LogNormal(median, p95)
 
 
 def _measured(path: str) -> Measured:

@@ -130,7 +130,7 @@ def test_failures_as_written() -> None:
     ("arguments", "told"),
     [
         (("--rate", 1, "--fail", "1:expert-host-99"), "no such process or node"),
-        (("--rate", 1, "--prompt", "long"), "must be a number of tokens"),
+        (("--rate", 1, "--prompt", "long"), "must be tokens: a number"),
         (("--rate", 1, "--skew", "heavy"), "--skew 'heavy'"),
         (("--rate", 1, "--requests", 5), "goes with --clients"),
         (("--rate", 1, "--prefixes", "3"), "COUNTxTOKENS"),

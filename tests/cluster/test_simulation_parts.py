@@ -19,6 +19,7 @@ from moray.cluster.simulation.skew import ExpertPopularity, Skew, parse_skew
 from moray.cluster.simulation.trace import (
     Arrival,
     Closed,
+    Even,
     Fixed,
     Listed,
     LogNormal,
@@ -90,11 +91,14 @@ def test_lengths_as_written(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     assert {parse_lengths(f"file:{file}").draw(generator) for _ in range(50)} == {3, 5}
     assert parse_lengths("12") == Fixed(12)
+    assert parse_lengths("3-5") == Even(3, 5)
+    assert {parse_lengths("3-5").draw(generator) for _ in range(50)} == {3, 4, 5}
     assert parse_lengths("lognormal:100:400") == LogNormal(100, 400)
     file.write_text("0\n")
     for wrong, told in (
         ("0", "at least 1"),
-        ("many", "must be a number of tokens"),
+        ("many", "must be tokens: a number"),
+        ("8-4", "end where it begins"),
         ("lognormal:400:100", "below the 95th percentile"),
         ("lognormal:400", "lognormal:MEDIAN:P95"),
         (f"file:{file}", "at least 1 on each line"),
