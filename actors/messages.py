@@ -69,7 +69,7 @@ def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
     if first.logprobs is not None:
         logprobs = [entry for output in outputs for entry in output.logprobs or ()]
     token_ids = [token_id for output in outputs for token_id in output.token_ids]
-    return TokenOutput(first.request_id, token_ids, logprobs, last.finish_reason, last.error)
+    return TokenOutput(first.request_id, token_ids, logprobs, last.finish_reason, last.error, last.retry_after_s)
 
 
 @dataclass(frozen=True, slots=True)

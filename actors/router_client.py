@@ -113,9 +113,8 @@ class ClusterClient(EngineClient):
                 try:
                     async for output in stream:
                         so_far += output.token_ids
-                        yield TokenOutput(
-                            request.request_id, output.token_ids, output.logprobs, output.finish_reason, output.error
-                        )
+                        end = output.finish_reason, output.error, output.retry_after_s
+                        yield TokenOutput(request.request_id, output.token_ids, output.logprobs, *end)
                     return
                 except RouterLostError as error:
                     deaths = 1 if len(so_far) - before >= _PROVEN_TOKENS else deaths + 1

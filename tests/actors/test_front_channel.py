@@ -85,6 +85,7 @@ def test_messages_survive_the_wire() -> None:
         TokenOutput("a", [1, 2], [TokenLogprobs(-0.1234567890123456789, [1], [-2.5]), TokenLogprobs(-1.0, [], [])]),
         TokenOutput("b", [], None, "error", "é"),
         TokenOutput("c", [3], None, "stop"),
+        TokenOutput("d", [], None, "error", "waited for too long", 2.5),
     ]
 
     def through(message: list[Any]) -> list[Any]:

@@ -62,5 +62,5 @@ def test_a_taker_that_is_cancelled_leaves_what_comes_for_the_next() -> None:
 
 
 def test_the_last_word_of_joined_outputs_counts() -> None:
-    outputs = [TokenOutput("r", [1]), TokenOutput("r", [], None, "error", "why")]
-    assert joined(outputs) == TokenOutput("r", [1], None, "error", "why")
+    outputs = [TokenOutput("r", [1]), TokenOutput("r", [], None, "error", "why", 2.0)]
+    assert joined(outputs) == TokenOutput("r", [1], None, "error", "why", 2.0)

@@ -166,6 +166,27 @@ def test_an_admitted_request_is_never_refused_for_a_full_queue(
     in_loop(test)
 
 
+def test_what_waits_for_too_long_is_turned_away(parts: EngineParts, routers: contextlib.ExitStack) -> None:
+    """The client hears of it as of a full queue, with when to come back; whoever runs already is not disturbed."""
+    served = start(routers, parts, max_running=1, max_wait_s=1e-9)
+    addresses = {"router-0": served.server.address}
+
+    async def test() -> None:
+        async with client_of(addresses) as client:
+            served.go.clear()
+            answers = asyncio.create_task(ask_all(client, [request(parts, "first")]))
+            await eventually(lambda: len(served.router._in_flight) == 1)
+            late = asyncio.create_task(ask(client, request(parts, "late")))
+            await eventually(lambda: len(served.router._in_flight) == 2)
+            served.go.set()
+            (output,) = await late
+            assert (output.token_ids, output.finish_reason) == ([], "error")
+            assert output.retry_after_s is not None
+            assert await answers == undisturbed(parts, [request(parts, "first")])
+
+    in_loop(test)
+
+
 def test_waiting_for_room_has_a_deadline(
     parts: EngineParts, routers: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
