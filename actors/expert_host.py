@@ -107,6 +107,7 @@ class ExpertHost:
         gently: bool = False,
     ) -> BytesRead:
         """Hold the experts in `slots` (for each layer with routed experts, the expert in each slot, or `EMPTY`) as of `epoch`.
+        Where there is a layer more, it is the MTP layer.
 
         Gets exactly those that no epoch served here has; the others stay where they are in memory. Earlier epochs are
         served on until `retire`: routers change over one by one, and none waits for this. Loads take turns.
@@ -130,6 +131,8 @@ class ExpertHost:
         self._check_named("load")
         with self._held.loading(epoch) as loading:
             config, opened = self._files.open(checkpoint)
+            if len(slots) > len(config.moe_layers):
+                config = config.with_draft_layer()
             layers = config.moe_layers
             assert len(slots) == len(layers), (len(slots), len(layers))
             wanted = [(layer, e) for layer, held in zip(layers, slots, strict=True) for e in held if e != EMPTY]

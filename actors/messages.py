@@ -82,6 +82,7 @@ class RouterStats:
         prefix_hit_tokens: not computed, because pages held them.
         preempted_tokens: computed for requests that had to give their pages up.
         requests_refused: too much was waiting when they came, or they waited for too long.
+        drafted_tokens: tokens that were drafted and verified; accepted_tokens: those of them that were right.
         unreachable_experts: (layer, expert) pairs with no reachable replica; 0 when healthy.
         resent_shares: work that was sent to another replica because its host was lost.
         hedged_shares: work that was sent to another replica because its host was late; either answer is taken.
@@ -101,6 +102,8 @@ class RouterStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefix_hit_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     preempted_tokens: int = 0
     requests_finished: int = 0

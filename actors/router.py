@@ -9,22 +9,23 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from ..configs.errors import ExpertsUnavailableError, QueueFullError, RequestError, RouterLostError
 from ..kernels.sampling import NOT_FINITE
 from ..model.compute import Compute
 from ..model.config import ModelConfig
+from ..model.draft_layer import DraftLayer
 from ..model.pages import PagePool
 from ..model.transformer import Transformer
 from ..model.weights import RouterWeights
+from .draft_policy import DraftWhilePaid
+from .drafting import Drafter
 from .expert_dispatch import ExpertDispatch
 from .links.base import Link
 from .messages import FinishReason, GenerateRequest, RouterStats, TokenOutput
 from .placement_table import PlacementTable
 from .request_checks import check_request
 from .scheduler import Chunk, Scheduler, Sequence
-from .step_tensors import chosen_tokens, finish_reason, forward_batch
+from .step_tensors import Outcome, forward_batch, outcomes
 
 logger = logging.getLogger("moray.router")
 
@@ -48,6 +49,8 @@ class RouterSettings:
         token_budget: most tokens a step; max_running: most sequences a step; max_waiting: most requests in the queue.
         restore_timeout_s: how long a step waits for missing experts before its requests fail.
         target_itl_s, max_wait_s: see `Routers` of the deployment; None: no bound.
+        draft_tokens: most tokens that the MTP layer drafts for a sequence and step; needs one where not 0.
+        draft_always: draft even where it takes longer.
     """
 
     page_size: int
@@ -59,6 +62,8 @@ class RouterSettings:
     restore_timeout_s: float
     target_itl_s: float | None = None
     max_wait_s: float | None = None
+    draft_tokens: int = 0
+    draft_always: bool = False
 
 
 class Router:
@@ -99,6 +104,15 @@ class Router:
             max_context=settings.max_context,
             compute=compute,
         )
+        self._drafter: Drafter | None = None
+        if settings.draft_tokens:
+            assert weights.draft is not None, "drafting needs the MTP layer's weights"
+            self._drafter = Drafter(
+                DraftLayer(self.model, weights.draft, dispatch),
+                tokens=settings.draft_tokens,
+                max_context=settings.max_context,
+                policy=None if settings.draft_always else DraftWhilePaid(),
+            )
         self._sequences: dict[str, tuple[Sequence, Sink]] = {}
         self._wake = threading.Condition()  # guards the next six
         self._inbox: deque[tuple[GenerateRequest, Sink] | str] = deque()
@@ -222,6 +236,8 @@ class Router:
             prompt_tokens=counts["prompt"],
             generated_tokens=counts["generated"],
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            drafted_tokens=0 if self._drafter is None else self._drafter.drafted,
+            accepted_tokens=0 if self._drafter is None else self._drafter.accepted,
             preemptions=self.scheduler.preemptions,
             preempted_tokens=self.scheduler.preempted_tokens,
             requests_finished=counts["finished"],
@@ -273,13 +289,18 @@ class Router:
         if not chunks:
             self._missing_since = None
             return False
+        started, batch = time.perf_counter(), forward_batch(chunks)
         try:
-            logits = self.model.forward(forward_batch(chunks))
+            hidden_states = self.model.hidden_states(batch)
         except ExpertsUnavailableError as error:
             self._experts_missing(error)
             return True
         self._missing_since = None
-        self._postprocess(chunks, logits)
+        logits = self.model.logits(hidden_states, batch.sample_rows)
+        found = outcomes(chunks, logits, self.settings.max_context)
+        self._postprocess(chunks, found)
+        if self._drafter is not None:  # once the tokens are on their way
+            self._drafter.after_step(chunks, found, batch.segments, hidden_states, started=started)
         self.scheduler.took(chunks, time.perf_counter() - started)
         return True
 
@@ -336,33 +357,28 @@ class Router:
                 ]
             )
 
-    def _postprocess(self, chunks: list[Chunk], logits: torch.Tensor) -> None:
+    def _postprocess(self, chunks: list[Chunk], found: list[Outcome]) -> None:
         outputs: dict[Sink, list[TokenOutput]] = {}
-        for chunk, (token, describe) in zip(chunks, chosen_tokens(chunks, logits), strict=True):
-            sequence = chunk.sequence
+        for chunk, outcome in zip(chunks, found, strict=True):
+            sequence, tokens = chunk.sequence, outcome.tokens
             request = sequence.request
             prompt_left = len(request.prompt_token_ids) - chunk.start
             self._counts["prompt"] += max(0, min(chunk.length, prompt_left))
-            if token == NOT_FINITE:
+            if NOT_FINITE in tokens:
                 self._finish(
                     request.request_id, "error", "the model's logits for this request hold a NaN or an infinity"
                 )
                 continue
-            self.scheduler.advance(chunk, token)
-            if token is None:
+            if not tokens:
+                self.scheduler.advance(chunk, None)
                 continue
-            self._counts["generated"] += 1
-            reason = finish_reason(sequence, token, self.settings.max_context)
+            self.scheduler.advance(chunk, tokens[-1], accepted=len(tokens) - 1)
+            self._counts["generated"] += len(tokens)
             _, sink = self._sequences[request.request_id]
             outputs.setdefault(sink, []).append(
-                TokenOutput(
-                    request.request_id,
-                    [token],
-                    None if describe is None else [describe(token)],
-                    reason,
-                )
+                TokenOutput(request.request_id, tokens, outcome.logprobs, outcome.finish_reason)
             )
-            if reason is not None:
+            if outcome.finish_reason is not None:
                 self._counts["finished"] += 1
                 self._forget(request.request_id)
                 self.scheduler.remove(sequence)

@@ -71,6 +71,8 @@ class RouterProcess:
         self.stopped = threading.Event()
         self._router_id = router_id
         config = ModelConfig.load(checkpoint)
+        if settings.draft_tokens:
+            config = config.with_draft_layer()
         dense, self._bytes_read = load_dense(Checkpoint.open(checkpoint), config, progress=progress)
         weights = router_weights(config, dense, compute)
         self._links = HostLinks(router_id, hosts, link=link, secret=secret, device=compute.device)

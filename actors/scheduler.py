@@ -1,7 +1,8 @@
 """Continuous batching: which tokens of which sequences run in the next step. Plain Python; it never sees a tensor.
 
 A sequence is its tokens so far and how many of them have been computed. A step computes some of the rest, and when nothing
-is left the last logits give the next token: prefill, a chunk of a prefill, and decode are one case.
+is left the last logits give the next token: prefill, a chunk of a prefill, and decode are one case. Tokens that were drafted
+are computed behind the last one, where budget and pages are left over; those that prove right are so many tokens more.
 
 Who owns a sequence's pages:
 
@@ -44,6 +45,7 @@ class Sequence:
             token is always computed, a cached row has no logits.
         queued_s: when it came, by the scheduler's clock.
         begun: it has run before, here or on another router: it is not turned away for having waited.
+        drafts: guesses at what comes after `tokens`.
     """
 
     request: GenerateRequest
@@ -55,6 +57,7 @@ class Sequence:
     shareable: int = 0
     queued_s: float = 0.0
     begun: bool = False
+    drafts: list[int] = field(default_factory=list)
 
     @property
     def generated(self) -> int:
@@ -69,12 +72,19 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`length` tokens of `sequence` from `start` on; `samples` when they are its last, so that a token follows."""
+    """`length` tokens of `sequence` from `start` on; `samples` when they are its last, so that a token follows. Then `drafts`
+    of what follows may be verified with them."""
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Tokens the step computes for it."""
+        return self.length + len(self.drafts)
 
 
 class Scheduler:
@@ -168,15 +178,25 @@ class Scheduler:
             budget = min(budget, bound)
         prompts = self._computable(lengths, budget)
         lengths |= zip(prompts, prompt_shares(list(prompts.values()), budget), strict=True)
-        return [
-            Chunk(s, s.computed, length, length == s.remaining) for s in self.running if (length := lengths.get(s, 0))
-        ]
+        left = self.token_budget - sum(lengths.values())
+        chunks = []
+        for s in self.running:
+            if length := lengths.get(s, 0):
+                samples = length == s.remaining
+                drafts = self._verified(s, left) if samples and s.drafts else ()
+                left -= len(drafts)
+                chunks.append(Chunk(s, s.computed, length, samples, drafts))
+        return chunks
 
-    def advance(self, chunk: Chunk, token: int | None) -> None:
-        """Record that `chunk` was computed and, if it sampled, the token that came of it."""
+    def advance(self, chunk: Chunk, token: int | None, accepted: int = 0) -> None:
+        """Record that `chunk` was computed and, if it sampled, that the first `accepted` of its drafts are what follows, and
+        the token that came of it."""
+        assert accepted <= len(chunk.drafts), (accepted, chunk.drafts)
         sequence, size = chunk.sequence, self.pool.page_size
         before = sequence.computed // size
-        sequence.computed = chunk.start + chunk.length
+        sequence.tokens += chunk.drafts[:accepted]
+        sequence.computed = chunk.start + chunk.length + accepted
+        sequence.drafts = []
         full = sequence.computed // size
         if full > before:
             self._hash(sequence, full)
@@ -281,6 +301,16 @@ class Scheduler:
         if wanted > 0:
             sequence.pages += self.pool.allocate(wanted)
         return True
+
+    def _verified(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+        """As many of the sequence's drafts as `budget` and its pages allow: for drafts alone it is given pages only where every
+        running sequence would still find one, so that they take nothing from anyone."""
+        wanted = self._pages(len(sequence.tokens) + min(len(sequence.drafts), budget)) - len(sequence.pages)
+        spare = self.pool.available - len(self.running)
+        if 0 < wanted <= spare:
+            sequence.pages += self.pool.allocate(wanted)
+        room = len(sequence.pages) * self.pool.page_size - len(sequence.tokens)
+        return tuple(sequence.drafts[: min(budget, room)])
 
     def _victim(self) -> Sequence:
         """Who gives its pages back: the one that loses least, of equals the latest; the one that came first never does."""

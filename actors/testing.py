@@ -11,7 +11,7 @@ import torch
 
 from ..model.compute import Compute
 from ..model.config import ModelConfig
-from ..model.loading import load_dense, open_model
+from ..model.loading import Drafts, load_dense, open_model
 from ..model.weights import router_weights
 from .deadline import Deadline
 from .expert_dispatch import ExpertDispatch
@@ -87,12 +87,20 @@ class EngineParts:
     Args:
         checkpoint: a directory, e.g. of `write_random_checkpoint`.
         dtype: what everything computes in, on the CPU, unless `compute` says otherwise.
+        drafts: whether the MTP layer is read; whether it drafts, the settings of each router say.
     """
 
-    def __init__(self, checkpoint: Path, dtype: torch.dtype = torch.float32, *, compute: Compute | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        compute: Compute | None = None,
+        drafts: Drafts = "off",
+    ) -> None:
         self.checkpoint = checkpoint
         self.compute = compute or Compute.on_cpu(dtype)
-        self.config, opened = open_model(checkpoint, verify="headers")
+        self.config, opened = open_model(checkpoint, verify="headers", drafts=drafts)
         dense, _ = load_dense(opened, self.config)
         self.weights = router_weights(self.config, dense, self.compute)
         self.opened: list[Router | ExpertHost] = []

@@ -19,6 +19,7 @@ from ..model.config import ModelConfig
 from ..model.fetching.directory import CheckpointDirectory
 from ..model.fetching.fetch import default_weights_dir, fetch, pin
 from ..model.fetching.selection import Parts
+from ..model.loading import Drafts
 from ..model.progress import Progress
 
 _TURNED_AWAY_S = 1.0
@@ -153,6 +154,18 @@ def max_context(deployment: Deployment, config: ModelConfig) -> int:
     return deployment.max_context
 
 
+def drafts(deployment: Deployment, *, gpus: float) -> Drafts:
+    """Whether the MTP layer is to be served, where there are `gpus` GPUs.
+
+    Raises:
+        ConfigError: see `compute`.
+    """
+    speculate = deployment.routers.speculate
+    if speculate == "auto" and compute(deployment, gpus=gpus).device.type != "cpu":
+        return "off"
+    return speculate
+
+
 def router_settings(deployment: Deployment, config: ModelConfig) -> RouterSettings:
     """The limits of each router.
 
@@ -170,6 +183,8 @@ def router_settings(deployment: Deployment, config: ModelConfig) -> RouterSettin
         restore_timeout_s=routers.restore_timeout_s,
         target_itl_s=routers.target_itl_s,
         max_wait_s=routers.max_wait_s,
+        draft_tokens=routers.draft_tokens if config.draft_layers else 0,
+        draft_always=routers.speculate == "on",
     )
 
 

@@ -69,7 +69,7 @@ class Controller:
             ConfigError, CheckpointError: it cannot be served.
         """
         deployment, experts = self.deployment, self.deployment.experts
-        config, weights = check_model(deployment)
+        config, weights = check_model(deployment, gpus=self._spawner.gpus(deployment))
         served_model(deployment, config)
         settings = router_settings(deployment, config)
         table = first_placement(config, experts)

@@ -29,7 +29,16 @@ from ..model.reader import BytesRead
 from ..model.sampling import SamplingParams
 from ..model.tokenizer import ChatMessage
 from ..model.weights import router_weights
-from .assembly import checkpoint_path, compute, host_compute, pinned, router_name, router_settings, served_model
+from .assembly import (
+    checkpoint_path,
+    compute,
+    drafts,
+    host_compute,
+    pinned,
+    router_name,
+    router_settings,
+    served_model,
+)
 from .placement import first_placement
 
 _THOUGHT_TAIL = 16
@@ -43,10 +52,12 @@ class LocalCluster:
         progress = progress or default_progress()
         self.deployment = deployment = pinned(deployment)
         path = checkpoint_path(deployment.model, weights_dir=deployment.weights_dir, progress=progress)
-        self.config, checkpoint = open_model(path, verify=deployment.verify, progress=progress)
+        gpus = torch.cuda.device_count()
+        self.config, checkpoint = open_model(
+            path, verify=deployment.verify, drafts=drafts(deployment, gpus=gpus), progress=progress
+        )
         settings = router_settings(deployment, self.config)
         self.model = served_model(deployment, self.config)
-        gpus = torch.cuda.device_count()
         computing = compute(deployment, gpus=gpus)
         torch.set_num_threads(deployment.routers.cpus)
         self.table = first_placement(self.config, deployment.experts)

@@ -117,10 +117,11 @@ class RayServer:
         from .placement import first_placement
 
         self._deployment = deployment = pinned(self._deployment)
+        gpus = torch.cuda.device_count()
         if self._address is None:
             check_port(deployment.front.host, deployment.front.port)
-            compute(deployment, gpus=torch.cuda.device_count())
-        config, _ = check_model(deployment, progress=default_progress())
+            compute(deployment, gpus=gpus)
+        config, _ = check_model(deployment, gpus=max(gpus, deployment.device == "cuda"), progress=default_progress())
         router_settings(deployment, config)
         served_model(deployment, config)
         front_settings(deployment, front_id="check", behind_proxy=True)

@@ -195,7 +195,7 @@ class Spawner:
 
     def _host(self, label: str, deployment: Deployment, *, gently: bool) -> ExpertHostHandle:
         section = deployment.experts.cold if is_cold(label) else deployment.experts
-        computing = host_compute(deployment, label, gpus=self._gpus(deployment))
+        computing = host_compute(deployment, label, gpus=self.gpus(deployment))
         name, options = self._options(label, section, computing)
         actor = (
             ray.remote(ExpertHostWorker)
@@ -256,10 +256,10 @@ class Spawner:
             raise ClusterError(f"{name}: there is no such process any more") from error
 
     def _compute(self, deployment: Deployment) -> Compute:
-        return compute(deployment, gpus=self._gpus(deployment))
+        return compute(deployment, gpus=self.gpus(deployment))
 
-    @staticmethod
-    def _gpus(deployment: Deployment) -> float:
+    def gpus(self, deployment: Deployment) -> float:
+        """GPUs there are for its processes."""
         if deployment.device == "cuda":
             return 1.0  # asked for by name: nodes with GPUs may be still to come
         gpus: float = ray.cluster_resources().get("GPU", 0.0)

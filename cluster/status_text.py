@@ -80,10 +80,16 @@ def _routers(found: dict[str, Any]) -> Table:
         "pages_in_use",
         "pages_total",
     )
+    drafts = any(r["drafted_tokens"] for r in found["routers"])
+    if drafts:
+        table.add_column("drafts right")
     for r in found["routers"]:
         prompts = r["prompt_tokens"] + r["prefix_hit_tokens"]
         hits = f"{r['prefix_hit_tokens'] / prompts:.0%}" if prompts else "-"
-        table.add_row(r["router_id"], *(str(r[name]) for name in numbers), hits, str(r["generated_tokens"]))
+        cells = [r["router_id"], *(str(r[name]) for name in numbers), hits, str(r["generated_tokens"])]
+        if drafts:
+            cells.append(f"{r['accepted_tokens']} of {r['drafted_tokens']}")
+        table.add_row(*cells)
     return table
 
 

@@ -137,6 +137,11 @@ class Routers(Section):
         target_itl_s: most time between two tokens of an answer, as far as the router can tell from what steps have taken: it
             computes no more of other prompts beside answers, and gives no more answers at once, than fit. For latency first;
             None is for throughput first, where `token_budget` and `max_running` are the only bounds.
+        speculate: whether the MTP layer of the checkpoint drafts tokens, which the next step verifies: several tokens a step,
+            the very ones that decoding one by one gives. `on` always drafts, `off` does not read the layer. `auto` reads it
+            on CPUs where the checkpoint has one, and drafts while steps show that it pays; on GPUs, where that was not
+            measured yet, it is `off`.
+        draft_tokens: most tokens drafted for a request and step.
         restore_timeout_s: how long requests wait for lost experts, and those of a lost router for a router, to be restored
             before they fail.
         drain_timeout_s: how long a router that is to leave goes on with its requests; what is left then goes on at another.
@@ -155,6 +160,8 @@ class Routers(Section):
     max_waiting: int = Field(default=256, ge=1)
     max_wait_s: float | None = Field(default=30.0, gt=0)
     target_itl_s: float | None = Field(default=None, gt=0)
+    speculate: Literal["auto", "off", "on"] = "auto"
+    draft_tokens: int = Field(default=1, ge=1, le=3)
     restore_timeout_s: float = Field(default=60.0, gt=0)
     drain_timeout_s: float = Field(default=10.0, ge=0)
 

@@ -19,8 +19,8 @@ QUERY_TILE = 32
 """Queries of one sequence that share a pass over its pages in the torch path: bounds the scores to 32 x heads x page rows."""
 
 DECODED_QUERIES = 4
-"""Segments of at most so many queries take decode's kernel, one query each: what is left of a prompt, or drafted tokens, would
-give prefill's too few programs. The bits are the same."""
+"""Segments of at most so many queries are tiles of one query each, on GPUs for decode's kernel: what is left of a prompt, or
+drafted tokens, would give prefill's too few programs. The bits are the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +198,8 @@ class AttentionPlan:
 
 def plan_for_torch(segments: Sequence[Segment], page_size: int, device: torch.device) -> tuple[TorchTiles, ...]:
     """Tiles for the torch path: those of one query, which need no padding, apart from the others."""
-    decode = [segment for segment in segments if segment.length == 1]
-    prefill = [tile for segment in segments if segment.length > 1 for tile in segment.tiles(QUERY_TILE)]
+    decode = [tile for segment in segments if segment.length <= DECODED_QUERIES for tile in segment.tiles(1)]
+    prefill = [tile for s in segments if s.length > DECODED_QUERIES for tile in s.tiles(QUERY_TILE)]
     return tuple(
         TorchTiles.build(tiles, width, page_size, device)
         for tiles, width in ((decode, 1), (prefill, QUERY_TILE))

@@ -95,8 +95,7 @@ class MLA:
     def __call__(self, hidden_states: torch.Tensor, batch: BatchPositions, cache: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H] and this layer's cache [P, page_size, row] (see `KvFormat`) to [T, H]."""
         c, w = self.config, self.weights
-        compressed = linear(hidden_states, w.kv_a)
-        write_latent(compressed, w.kv_a_norm, c.rms_norm_eps, batch.rotation, cache, batch.cache_rows)
+        self.write(hidden_states, batch.rotation, batch.cache_rows, cache)
         attended = paged_mla_attention(
             self.absorbed_query(hidden_states, batch.rotation),
             cache,
@@ -105,6 +104,14 @@ class MLA:
             softmax_scale=self.softmax_scale,
         )
         return linear(head_linear(attended, self.value_up).flatten(1), w.o)
+
+    def write(
+        self, hidden_states: torch.Tensor, rotation: torch.Tensor, cache_rows: torch.Tensor, cache: torch.Tensor
+    ) -> None:
+        """Write the latent rows of hidden_states [T, H] alone; see `BatchPositions` for rotation and cache_rows."""
+        w = self.weights
+        compressed = linear(hidden_states, w.kv_a)
+        write_latent(compressed, w.kv_a_norm, self.config.rms_norm_eps, rotation, cache, cache_rows)
 
     def query(self, hidden_states: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The part without position [T, heads, nope] and the rotated part [T, heads, rope]."""

@@ -134,7 +134,7 @@ class Checkpoint:
             )
 
     def model_entries(self, config: ModelConfig) -> list[TensorEntry]:
-        """Every tensor the model needs, scales included; the MTP module is not among them."""
+        """Every tensor the model needs, scales included; those of the MTP layer only where it is served."""
         return [entry for tensor in _all_tensors(TensorNames(config)) for entry in self.locate(tensor, config).entries]
 
     def _missing(self, expected: ExpectedTensor) -> str:
@@ -168,6 +168,16 @@ def _all_tensors(names: TensorNames) -> Iterator[ExpectedTensor]:
 def total_bytes(entries: Iterable[TensorEntry]) -> int:
     """Bytes of data of all `entries`."""
     return sum(entry.nbytes for entry in entries)
+
+
+def listed_tensors(path: Path) -> frozenset[str]:
+    """Names of the tensors in the index of a checkpoint whose weights need not be there; none where it has no index.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    index = path / INDEX_FILE
+    return frozenset(_read_index(index)[0]) if index.exists() else frozenset()
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], int]:

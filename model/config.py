@@ -7,7 +7,7 @@ project cannot serve is refused by name before anything is started.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class ModelConfig:
     weights_are_fp8: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    draft_layers: int = 0
+    """MTP layers that are served, to draft tokens: 0, or 1 after `with_draft_layer`. Not of the file."""
 
     @property
     def qk_head_dim(self) -> int:
@@ -79,13 +81,31 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> range:
-        """Indices of the layers with routed experts, the MTP layer not among them."""
-        return range(self.first_k_dense_replace, self.num_hidden_layers)
+        """Indices of the layers with routed experts; the MTP layer, which is the last, among them only where it is served."""
+        return range(self.first_k_dense_replace, self.cached_layers)
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers with a KV cache: the model's own, and the MTP layer where it is served."""
+        return self.num_hidden_layers + self.draft_layers
 
     @property
     def has_correction_bias(self) -> bool:
         """Whether the gate has a bias that selects experts but does not weigh them: keyed on the method, not the size."""
         return self.topk_method == "noaux_tc"
+
+    def with_draft_layer(self) -> ModelConfig:
+        """The same model with its MTP layer, `num_hidden_layers`, served.
+
+        Raises:
+            CheckpointError: it has none.
+        """
+        if not self.num_nextn_predict_layers:
+            raise CheckpointError(
+                "config.json: num_nextn_predict_layers = 0: the model has no MTP layer that could draft tokens; "
+                "use routers.speculate: auto or off"
+            )
+        return replace(self, draft_layers=1)
 
     @classmethod
     def load(cls, checkpoint: Path) -> ModelConfig:

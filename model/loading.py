@@ -6,13 +6,14 @@ Nothing is half-built: each class below is complete when it exists. Matrices sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 
+from ..configs.errors import CheckpointError
 from ..kernels.fp8 import dequantize_blocks
 from .checkpoint import Checkpoint, StoredTensor, total_bytes
 from .config import ModelConfig
@@ -27,6 +28,9 @@ AUTO_SCAN_BYTES = 16 * 10**9
 the headers are checked up front and the data as each process reads its slices."""
 
 Verify = Literal["auto", "full", "headers"]
+
+Drafts = Literal["off", "auto", "on"]
+"""Whether the MTP layer is served: no, where the checkpoint has one, or it must have one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,24 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredDraftLayer:
+    """The MTP layer without its routed experts; embedding and head are the model's own.
+
+    Attributes:
+        enorm, hnorm: [H], norms of the next token's embedding and of the hidden state.
+        eh_proj: [H, 2 H], from both, the embedding first.
+        layer: the block.
+        norm: [H], before the head.
+    """
+
+    enorm: torch.Tensor
+    hnorm: torch.Tensor
+    eh_proj: StoredLinear
+    layer: LayerWeights
+    norm: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DenseWeights:
     """Everything a router holds.
 
@@ -133,16 +155,23 @@ class DenseWeights:
         layers: in order, the MTP layer left out.
         norm: [H].
         lm_head: [vocab, H]; shares the embedding's memory where the checkpoint ties them.
+        draft: the MTP layer, where it is served.
     """
 
     embed_tokens: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     lm_head: StoredLinear
+    draft: StoredDraftLayer | None = None
 
 
 def open_model(
-    path: Path, *, verify: Verify = "auto", threads: int = DEFAULT_THREADS, progress: Progress | None = None
+    path: Path,
+    *,
+    verify: Verify = "auto",
+    drafts: Drafts = "off",
+    threads: int = DEFAULT_THREADS,
+    progress: Progress | None = None,
 ) -> tuple[ModelConfig, Checkpoint]:
     """Open a checkpoint and refuse it here, before anything is started, if it cannot be served.
 
@@ -151,6 +180,7 @@ def open_model(
         verify: "headers" checks every file's size and every tensor's name, shape, dtype and scales, and reads no data;
             "full" also reads the whole model once to find NaN; "auto" is "full" up to `AUTO_SCAN_BYTES`. Processes
             check the slices they read in any case.
+        drafts: whether the MTP layer is to be served; the configuration that is returned says what came of it.
         threads: reads in flight.
         progress: where to show a full read; by default a bar on a terminal, else a log line now and then.
 
@@ -159,6 +189,7 @@ def open_model(
     """
     config = ModelConfig.load(path)
     checkpoint = Checkpoint.open(path)
+    config = with_drafts(config, drafts, checkpoint.tensors)
     checkpoint.validate(config)
     if verify != "headers":
         entries = checkpoint.model_entries(config)
@@ -169,6 +200,26 @@ def open_model(
     return config, checkpoint
 
 
+def with_drafts(config: ModelConfig, drafts: Drafts, tensors: Container[str]) -> ModelConfig:
+    """The configuration that is served of a model with these tensors, with the MTP layer or without.
+
+    Raises:
+        CheckpointError: it must have an MTP layer, and has none.
+    """
+    if drafts == "off" or (drafts == "auto" and not config.num_nextn_predict_layers):
+        return config
+    drafting = config.with_draft_layer()
+    missing = [tensor.name for tensor in TensorNames(drafting).draft_layer() if tensor.name not in tensors]
+    if not missing:
+        return drafting
+    if drafts == "auto":
+        return config
+    raise CheckpointError(
+        f"tensor {missing[0]} is missing: the checkpoint is without the MTP layer that its config.json describes; use "
+        "routers.speculate: auto or off, or the published checkpoint"
+    )
+
+
 def load_dense(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -177,7 +228,7 @@ def load_dense(
     progress: Progress | None = None,
     description: str = "dense weights",
 ) -> tuple[DenseWeights, BytesRead]:
-    """Read everything but the routed experts (and the MTP module) into CPU memory.
+    """Read everything but the routed experts into CPU memory; of the MTP layer too where it is served.
 
     Args:
         checkpoint: where to read from.
@@ -197,6 +248,7 @@ def load_dense(
         layers=tuple(_layer(read, config, layer) for layer in range(config.num_hidden_layers)),
         norm=read.plain("model.norm.weight"),
         lm_head=StoredLinear(embed_tokens, None) if config.tie_word_embeddings else read.linear("lm_head.weight"),
+        draft=_draft_layer(read, config) if config.draft_layers else None,
     )
     return dense, bytes_read
 
@@ -298,6 +350,17 @@ def _layer(read: _ReadTensors, config: ModelConfig, layer: int) -> LayerWeights:
         attention=_attention(read, config, prefix + "self_attn."),
         post_attention_layernorm=read.plain(prefix + "post_attention_layernorm.weight"),
         mlp=_moe(read, config, prefix + "mlp.") if layer in config.moe_layers else read.mlp(prefix + "mlp."),
+    )
+
+
+def _draft_layer(read: _ReadTensors, config: ModelConfig) -> StoredDraftLayer:
+    prefix = layer_prefix(config.num_hidden_layers)
+    return StoredDraftLayer(
+        enorm=read.plain(prefix + "enorm.weight"),
+        hnorm=read.plain(prefix + "hnorm.weight"),
+        eh_proj=read.linear(prefix + "eh_proj.weight"),
+        layer=_layer(read, config, config.num_hidden_layers),
+        norm=read.plain(prefix + "shared_head.norm.weight"),
     )
 
 

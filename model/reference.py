@@ -17,7 +17,7 @@ from ..kernels.rope import apply_rope
 from .attention import MLA, rope_rotation
 from .config import ModelConfig
 from .moe import Gate
-from .weights import RouterWeights
+from .weights import BlockWeights, RouterWeights
 
 
 def reference_logits(
@@ -27,20 +27,60 @@ def reference_logits(
     token_ids: list[int],
 ) -> torch.Tensor:
     """Logits [T, V] in fp32 at every position of `token_ids`."""
+    return functional.linear(_hidden_states(config, weights, experts, token_ids), weights.head).float()
+
+
+def reference_draft_logits(
+    config: ModelConfig,
+    weights: RouterWeights,
+    experts: Mapping[int, Mapping[int, MlpWeights]],
+    token_ids: list[int],
+) -> torch.Tensor:
+    """The MTP layer's logits [T - 1, V] in fp32: those at i are of the token at i + 2, from the hidden state of i after the
+    final norm and the embedding of the token at i + 1 (report, section 2.2)."""
+    draft, eps = weights.draft, config.rms_norm_eps
+    assert draft is not None, "the configuration has no draft layer"
+    hidden_states = _hidden_states(config, weights, experts, token_ids)[:-1]
+    embedded = weights.embedding[torch.tensor(token_ids[1:])]
+    both = torch.cat(
+        (rms_norm(embedded, draft.embedding_norm, eps), rms_norm(hidden_states, draft.hidden_norm, eps)), -1
+    )
+    rotation = rope_rotation(config, len(token_ids) - 1)
+    x = _block(config, draft.block, experts[config.num_hidden_layers], _linear(both, draft.projection), rotation)
+    return functional.linear(rms_norm(x, draft.norm, eps), weights.head).float()
+
+
+def _hidden_states(
+    config: ModelConfig,
+    weights: RouterWeights,
+    experts: Mapping[int, Mapping[int, MlpWeights]],
+    token_ids: list[int],
+) -> torch.Tensor:
+    """[T, H] after the final norm."""
     rotation = rope_rotation(config, len(token_ids))
     x = weights.embedding[torch.tensor(token_ids)]
     for layer, block in enumerate(weights.blocks):
-        attention = MLA(config, block.attention)
-        x = x + _attend(attention, rms_norm(x, block.attention_norm, config.rms_norm_eps), rotation)
-        normed = rms_norm(x, block.feed_forward_norm, config.rms_norm_eps)
-        output = torch.zeros_like(x) if block.mlp is None else _mlp(normed, block.mlp)
-        if block.gate is not None:
-            ids, gates = Gate(config, block.gate)(normed)
-            for token in range(len(token_ids)):
-                for expert, weight in zip(ids[token].tolist(), gates[token], strict=True):
-                    output[token] += weight * _mlp(normed[token], experts[layer][expert])
-        x = x + output
-    return functional.linear(rms_norm(x, weights.norm, config.rms_norm_eps), weights.head).float()
+        x = _block(config, block, experts.get(layer, {}), x, rotation)
+    return rms_norm(x, weights.norm, config.rms_norm_eps)
+
+
+def _block(
+    config: ModelConfig,
+    block: BlockWeights,
+    experts: Mapping[int, MlpWeights],
+    x: torch.Tensor,
+    rotation: torch.Tensor,
+) -> torch.Tensor:
+    attention = MLA(config, block.attention)
+    x = x + _attend(attention, rms_norm(x, block.attention_norm, config.rms_norm_eps), rotation)
+    normed = rms_norm(x, block.feed_forward_norm, config.rms_norm_eps)
+    output = torch.zeros_like(x) if block.mlp is None else _mlp(normed, block.mlp)
+    if block.gate is not None:
+        ids, gates = Gate(config, block.gate)(normed)
+        for token in range(x.shape[0]):
+            for expert, weight in zip(ids[token].tolist(), gates[token], strict=True):
+                output[token] += weight * _mlp(normed[token], experts[expert])
+    return x + output
 
 
 def _attend(attention: MLA, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

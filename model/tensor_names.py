@@ -83,12 +83,14 @@ _ROUTED_EXPERT: tuple[_Row, ...] = (  # relative to `model.layers.{layer}.mlp.ex
     ("up_proj.weight", ("moe_intermediate", "hidden"), Role.LINEAR),
     ("down_proj.weight", ("hidden", "moe_intermediate"), Role.LINEAR),
 )
-_MTP: tuple[_Row, ...] = (  # beside the block of layer `num_hidden_layers`; embedding and head repeat the model's own
-    ("embed_tokens.weight", ("vocab", "hidden"), Role.EMBEDDING),
+_MTP: tuple[_Row, ...] = (  # beside the block of layer `num_hidden_layers`
     ("enorm.weight", ("hidden",), Role.NORM),
     ("hnorm.weight", ("hidden",), Role.NORM),
     ("eh_proj.weight", ("hidden", "2*hidden"), Role.LINEAR),
     ("shared_head.norm.weight", ("hidden",), Role.NORM),
+)
+_MTP_REPEATS: tuple[_Row, ...] = (  # the model's own embedding and head once more, which nobody reads
+    ("embed_tokens.weight", ("vocab", "hidden"), Role.EMBEDDING),
     ("shared_head.head.weight", ("vocab", "hidden"), Role.LINEAR),
 )
 _KNOWN_LEFTOVERS = ("self_attn.rotary_emb.inv_freq",)
@@ -146,13 +148,21 @@ class TensorNames:
         return gate, up, down
 
     def dense(self) -> Iterator[ExpectedTensor]:
-        """All a router holds: the globals and each layer without its routed experts, the MTP layer left out."""
+        """All a router holds: the globals and each layer without its routed experts; the MTP layer only where it is served."""
         yield from self.global_tensors()
         for layer in range(self.config.num_hidden_layers):
             yield from self.dense_layer(layer)
+        if self.config.draft_layers:
+            yield from self.draft_layer()
+
+    def draft_layer(self) -> Iterator[ExpectedTensor]:
+        """What a router holds of the MTP layer: all but its routed experts, and its copies of embedding and head."""
+        layer = self.config.num_hidden_layers
+        yield from self._expect(layer_prefix(layer), _MTP)
+        yield from self.dense_layer(layer)
 
     def routed_experts(self) -> Iterator[ExpectedTensor]:
-        """All expert hosts hold together, the MTP layer left out."""
+        """All expert hosts hold together; those of the MTP layer only where it is served."""
         for layer in self.config.moe_layers:
             for expert in range(self.config.n_routed_experts):
                 yield from self.expert(layer, expert)
@@ -162,8 +172,8 @@ class TensorNames:
         if not self.config.num_nextn_predict_layers:
             return
         layer = self.config.num_hidden_layers
-        yield from self._expect(layer_prefix(layer), _MTP)
-        yield from self.dense_layer(layer)
+        yield from self._expect(layer_prefix(layer), _MTP_REPEATS)
+        yield from self.draft_layer()
         for expert in range(self.config.n_routed_experts):
             yield from self.expert(layer, expert)
 

@@ -53,6 +53,13 @@ class Block:
         hidden_states, normed = add_rms_norm(hidden_states, attended, self.feed_forward_norm, self.eps)
         return hidden_states + self.feed_forward(normed)
 
+    def fill(
+        self, hidden_states: torch.Tensor, rotation: torch.Tensor, cache_rows: torch.Tensor, cache: torch.Tensor
+    ) -> None:
+        """Only write the cache rows of hidden_states [T, H], for tokens whose own output nobody needs."""
+        normed = rms_norm(hidden_states, self.attention_norm, self.eps)
+        self.attention.write(normed, rotation, cache_rows, cache)
+
 
 class Transformer:
     """Embedding, blocks, final norm and head, with a latent cache of `pages` pages.
@@ -83,15 +90,16 @@ class Transformer:
         self.device = compute.device
         self.rotation = rope_rotation(config, max_context).to(self.device)
         self.blocks = [
-            Block(config, block, self._feed_forward(layer, block, routed)) for layer, block in enumerate(weights.blocks)
+            Block(config, block, self.feed_forward(layer, block, routed)) for layer, block in enumerate(weights.blocks)
         ]
         stored = torch.uint8 if compute.fp8_kv else compute.dtype
         form = KvFormat(config.kv_lora_rank, config.qk_rope_head_dim, stored)
-        self.cache = form.create(config.num_hidden_layers, pages, page_size, self.device)
+        self.cache = form.create(config.cached_layers, pages, page_size, self.device)
 
-    def _feed_forward(
+    def feed_forward(
         self, layer: int, block: BlockWeights, routed: RoutedExperts[Pending]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The feed-forward part of a layer with these weights."""
         if block.gate is not None:
             return MoE(layer, Gate(self.config, block.gate), block.mlp, routed)
         dense = block.mlp
@@ -104,21 +112,32 @@ class Transformer:
 
         Repeating a batch after a failure half-way is safe: it writes the same rows again.
         """
-        positions = self._positions(batch)
+        return self.logits(self.hidden_states(batch), batch.sample_rows)
+
+    @torch.inference_mode()
+    def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
+        """What `forward` has before the final norm: [T, H]."""
+        positions = self.positions(batch.segments)
         hidden_states = self.embedding[torch.tensor(batch.token_ids, device=self.device)]
         for layer, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, positions, self.cache[layer])
-        last = hidden_states[torch.tensor(batch.sample_rows, dtype=torch.int64, device=self.device)]
-        return linear(rms_norm(last, self.norm, self.config.rms_norm_eps), self.head).float()
+        return hidden_states
 
-    def _positions(self, batch: ForwardBatch) -> BatchPositions:
+    @torch.inference_mode()
+    def logits(self, hidden_states: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Logits [len(rows), V] in fp32 of these rows of hidden_states [T, H]."""
+        chosen = hidden_states[torch.tensor(rows, dtype=torch.int64, device=self.device)]
+        return linear(rms_norm(chosen, self.norm, self.config.rms_norm_eps), self.head).float()
+
+    def positions(self, segments: Sequence[Segment]) -> BatchPositions:
+        """Where the tokens of these segments stand."""
         size = self.page_size
-        position = [p for s in batch.segments for p in range(s.position, s.position + s.length)]
+        position = [p for s in segments for p in range(s.position, s.position + s.length)]
         rows = [
             s.block_table[p // size] * size + p % size
-            for s in batch.segments
+            for s in segments
             for p in range(s.position, s.position + s.length)
         ]
         index = torch.tensor([position, rows], dtype=torch.int64).to(self.device)  # in one copy
-        plan = AttentionPlan.build(batch.segments, size, self.device)
+        plan = AttentionPlan.build(segments, size, self.device)
         return BatchPositions(index[0], index[1], self.rotation[index[0]], plan)

@@ -16,7 +16,15 @@ from ..kernels.fp8 import BLOCK, BlockWeight, Weight
 from .attention import AttentionWeights
 from .compute import Compute
 from .config import ModelConfig
-from .loading import DenseWeights, LayerWeights, LowRankQuery, StoredAttention, StoredLinear, StoredMlp
+from .loading import (
+    DenseWeights,
+    LayerWeights,
+    LowRankQuery,
+    StoredAttention,
+    StoredDraftLayer,
+    StoredLinear,
+    StoredMlp,
+)
 from .moe import GateWeights
 
 
@@ -32,13 +40,26 @@ class BlockWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftWeights:
+    """The MTP layer: norms [H] of the next token's embedding, of the hidden state and before the head, and the projection of
+    both [H, 2 H]."""
+
+    embedding_norm: torch.Tensor
+    hidden_norm: torch.Tensor
+    projection: Weight
+    block: BlockWeights
+    norm: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class RouterWeights:
-    """Everything a router computes with: embedding and head [V, H], final norm [H], and the blocks."""
+    """Everything a router computes with: embedding and head [V, H], final norm [H], the blocks, the MTP layer if served."""
 
     embedding: torch.Tensor
     blocks: tuple[BlockWeights, ...]
     norm: torch.Tensor
     head: torch.Tensor
+    draft: DraftWeights | None = None
 
 
 def mlp_weights(stored: StoredMlp, compute: Compute) -> MlpWeights:
@@ -59,6 +80,17 @@ def router_weights(config: ModelConfig, dense: DenseWeights, compute: Compute) -
         blocks=tuple(_block(layer, compute) for layer in dense.layers),
         norm=_plain(dense.norm, compute),
         head=embedding if config.tie_word_embeddings else _decoded(dense.lm_head, compute),
+        draft=None if dense.draft is None else _draft(dense.draft, compute),
+    )
+
+
+def _draft(stored: StoredDraftLayer, compute: Compute) -> DraftWeights:
+    return DraftWeights(
+        embedding_norm=_plain(stored.enorm, compute),
+        hidden_norm=_plain(stored.hnorm, compute),
+        projection=_linear(stored.eh_proj, compute),
+        block=_block(stored.layer, compute),
+        norm=_plain(stored.norm, compute),
     )
 
 

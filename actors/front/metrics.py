@@ -31,6 +31,8 @@ _COUNTERS = {
     "prompt_tokens": "Prompt tokens the router has computed.",
     "generated_tokens": "Tokens the router has generated.",
     "prefix_hit_tokens": "Prompt tokens that were not computed, because KV pages held them.",
+    "drafted_tokens": "Tokens the MTP layer has drafted and the router has verified.",
+    "accepted_tokens": "Drafted tokens that were right.",
     "preemptions": "Requests that had to give up their pages and start over.",
     "preempted_tokens": "Tokens of these that pages of other requests do not keep: they may have to be computed again.",
     "requests_finished": "Requests that ended by themselves.",

@@ -12,7 +12,7 @@ from ...actors.placement_table import EMPTY, is_cold
 from ...configs.deployment import Deployment
 from ...configs.errors import ConfigError
 from ...model.config import ModelConfig
-from ..assembly import compute
+from ..assembly import compute, drafts
 from ..cold_tier import cold_shares
 from ..replica_counts import Floats
 from ..synthetic_load import zipf_load
@@ -141,7 +141,11 @@ def make_plan(
         raise ConfigError(f"context = {context}: must be from 1 to {most}, which the model was made for")
     if not config.moe_layers:
         raise ConfigError(f"{model}: has no layer with routed experts, so there is nothing to spread")
-    sizes = model_sizes(config, compute(deployment, gpus=sum(group.count * group.gpus for group in groups)))
+    gpus = sum(group.count * group.gpus for group in groups)
+    drafting = drafts(deployment, gpus=gpus)
+    if drafting == "on" or (drafting == "auto" and config.num_nextn_predict_layers):
+        config = config.with_draft_layer()
+    sizes = model_sizes(config, compute(deployment, gpus=gpus))
     load = zipf_load(len(config.moe_layers), config.n_routed_experts, exponent=skew) if skew else None
     layout = lay_out(sizes, groups, deployment, hosts=hosts, max_context=context, cache_tokens=cache_tokens, load=load)
     problems = (*layout.problems, *node_problems(layout))

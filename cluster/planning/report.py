@@ -50,7 +50,8 @@ def _model(plan: Plan, console: Console) -> None:
     experts = sizes.expert * (moe * plan.config.n_routed_experts)
     devices = [device for device in plan.layout.devices if device.capacity is not None]
     table = Table.grid(padding=(0, 2))
-    mtp = f"; {_count(parameters.mtp)} more in its MTP module, which is not loaded" if parameters.mtp else ""
+    what = "drafts tokens" if plan.config.draft_layers else "is not loaded"
+    mtp = f"; {_count(parameters.mtp)} more in its MTP module, which {what}" if parameters.mtp else ""
     table.add_row("parameters", f"{_count(parameters.main)}, {_count(parameters.active)} active a token{mtp}")
     table.add_row("on disk", f"{_size(sizes.disk_total.total)}, {_size(sizes.disk_total.scales)} of it scales")
     table.add_row(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -23,6 +23,7 @@ from ...model.loading import (
     LayerWeights,
     LowRankQuery,
     StoredAttention,
+    StoredDraftLayer,
     StoredLinear,
     StoredMlp,
     StoredMoe,
@@ -84,6 +85,7 @@ class RouterBytes:
         shared_experts: of one MoE layer.
         embedding: and what else is not read by every step: one row a token is.
         head: the head and the final norm; the embedding's own where they are tied, which takes no memory again.
+        draft: the MTP layer, where it is served: all but its routed experts.
         total: of everything.
     """
 
@@ -93,6 +95,7 @@ class RouterBytes:
     shared_experts: TensorBytes
     embedding: TensorBytes
     head: TensorBytes
+    draft: TensorBytes
     total: TensorBytes
 
 
@@ -108,11 +111,12 @@ class ModelSizes:
         self.config = config
         self.compute = Compute(_META, compute.dtype, compute.keep_fp8, compute.fp8_kv)
         self._names = TensorNames(config)
+        self._main = replace(config, draft_layers=0)
 
     @cached_property
     def parameters(self) -> Parameters:
         """See `Parameters`."""
-        config, names = self.config, self._names
+        config, names = self._main, TensorNames(self._main)
         dense = _elements(names.dense())
         expert = self.expert_parameters
         layers = len(config.moe_layers)
@@ -147,9 +151,10 @@ class ModelSizes:
 
     @cached_property
     def disk_total(self) -> TensorBytes:
-        """All tensors of the checkpoint, the MTP module included, which nobody reads."""
-        experts = self.disk_expert * (len(self.config.moe_layers) * self.config.n_routed_experts)
-        return self.disk_dense + experts + self._on_disk(self._names.mtp())
+        """All tensors of the checkpoint, the MTP module included."""
+        names = TensorNames(self._main)
+        experts = self.disk_expert * (len(self._main.moe_layers) * self.config.n_routed_experts)
+        return self._on_disk(names.dense()) + experts + self._on_disk(names.mtp())
 
     # ---- in memory --------------------------------------------------------------------------------------------------
 
@@ -165,7 +170,7 @@ class ModelSizes:
     def router(self) -> RouterBytes:
         """A router's weights."""
         config = self.config
-        dense_layers, moe_layers = config.first_k_dense_replace, len(config.moe_layers)
+        dense_layers, moe_layers = config.first_k_dense_replace, len(self._main.moe_layers)
         kinds = [layers[0] for layers in (range(dense_layers), config.moe_layers) if layers]
         # Layers of one kind are alike: one of each stands for all.
         weights = router_weights(config, self._dense_layout(kinds), self.compute)
@@ -177,6 +182,7 @@ class ModelSizes:
         embedding, norm = held_bytes(weights.embedding), held_bytes(weights.norm)
         own_head = TensorBytes() if config.tie_word_embeddings else held_bytes(weights.head)
         layers = attention * config.num_hidden_layers + dense_mlp * dense_layers + (gate + shared) * moe_layers
+        draft = held_bytes(weights.draft)
         return RouterBytes(
             attention=attention,
             dense_mlp=dense_mlp,
@@ -184,7 +190,8 @@ class ModelSizes:
             shared_experts=shared,
             embedding=embedding,
             head=held_bytes(weights.head) + norm,
-            total=layers + embedding + own_head + norm,
+            draft=draft,
+            total=layers + embedding + own_head + norm + draft,
         )
 
     @cached_property
@@ -192,7 +199,7 @@ class ModelSizes:
         """One cached token in all layers."""
         stored = torch.uint8 if self.compute.fp8_kv else self.compute.dtype
         form = KvFormat(self.config.kv_lora_rank, self.config.qk_rope_head_dim, stored)
-        return self.config.num_hidden_layers * form.row_bytes
+        return self.config.cached_layers * form.row_bytes
 
     def rotation_bytes(self, positions: int) -> int:
         """The table of RoPE's rotations for so many positions: a cosine and a sine in fp32 for each pair of columns."""
@@ -236,6 +243,18 @@ class ModelSizes:
             layers=tuple(self._layer(layer) for layer in layers),
             norm=self._plain(globals_["model.norm.weight"]),
             lm_head=StoredLinear(embedding, None) if head is None else self._linear(head),
+            draft=self._draft_layer() if self.config.draft_layers else None,
+        )
+
+    def _draft_layer(self) -> StoredDraftLayer:
+        prefix = layer_prefix(self.config.num_hidden_layers)
+        named = {tensor.name.removeprefix(prefix): tensor for tensor in self._names.draft_layer()}
+        return StoredDraftLayer(
+            enorm=self._plain(named["enorm.weight"]),
+            hnorm=self._plain(named["hnorm.weight"]),
+            eh_proj=self._linear(named["eh_proj.weight"]),
+            layer=self._layer(self.config.num_hidden_layers),
+            norm=self._plain(named["shared_head.norm.weight"]),
         )
 
     def _layer(self, layer: int) -> LayerWeights:

@@ -95,7 +95,7 @@ class StepCost:
 
 
 class StepCosts:
-    """Computes the cost of steps of one layout, which must have a table.
+    """Computes the cost of steps of one layout, which must have a table; of steps without drafts, even where there are some.
 
     Args:
         sizes, layout, deployment: what is planned.
@@ -114,6 +114,7 @@ class StepCosts:
     ) -> None:
         assert layout.table is not None, "where nothing is placed there are no steps"
         self._sizes, self._config, self._layout, self._deployment = sizes, sizes.config, layout, deployment
+        self._moe_layers = self._config.num_hidden_layers - self._config.first_k_dense_replace
         self._price = price_per_hour
         self._load = load
         self._router = next(iter(layout.routers.values()))
@@ -126,7 +127,7 @@ class StepCosts:
         per_router = -(-batch // routers)
         attention = self._attention(per_router, context)
         layer, shared_s, traffic, host_s, host_read = self._moe_layer(per_router)
-        moe_layers, dense_layers = len(config.moe_layers), config.first_k_dense_replace
+        moe_layers, dense_layers = self._moe_layers, config.first_k_dense_replace
         spans = [_times(attention, config.num_hidden_layers)]
         if dense_layers:
             one = self._router_span("dense layers", self._sizes.router.dense_mlp.total, per_router, 0.0, 4)
@@ -163,7 +164,7 @@ class StepCosts:
         """Attention, norms and gate of one layer."""
         config, sizes = self._config, self._sizes
         weights = sizes.router.attention.total + sizes.router.gate.total
-        pages = tokens * context * sizes.kv_token_bytes / config.num_hidden_layers
+        pages = tokens * context * sizes.kv_token_bytes / config.cached_layers
         scores = 2.0 * tokens * context * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
         operations = int(assumptions.ROUTER_OPERATIONS.value)
         return self._router_span("attention and gate", weights, tokens, scores, operations, more_read=pages)
@@ -189,8 +190,9 @@ class StepCosts:
     def _router_read(self, tokens: int, context: int) -> float:
         router, config = self._sizes.router, self._config
         layers = router.attention * config.num_hidden_layers + router.dense_mlp * config.first_k_dense_replace
-        moe = (router.gate + router.shared_experts) * len(config.moe_layers)
-        return (layers + moe + router.head).total + tokens * context * self._sizes.kv_token_bytes
+        moe = (router.gate + router.shared_experts) * self._moe_layers
+        row = self._sizes.kv_token_bytes / config.cached_layers
+        return (layers + moe + router.head).total + tokens * context * row * config.num_hidden_layers
 
     # ---- one MoE layer ----------------------------------------------------------------------------------------------
 

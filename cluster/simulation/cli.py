@@ -238,6 +238,7 @@ def _deployment(options: argparse.Namespace) -> Deployment:
     flags = {
         "routers.replicas": options.routers,
         "routers.kv_cache": options.kv_cache,
+        "routers.speculate": "off",  # it is not simulated
         "routers.max_running": options.max_running,
         "routers.token_budget": options.token_budget,
         "experts.min_replicas": options.min_replicas,

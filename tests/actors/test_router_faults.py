@@ -24,7 +24,6 @@ from moray.actors.testing import SETTINGS, EngineParts, Recorder, random_prompt,
 from moray.configs.errors import LinkError
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
-from moray.model.transformer import ForwardBatch
 
 HASTY = replace(SETTINGS, restore_timeout_s=0.3)
 Reply = tuple[bytes, Sequence[torch.Tensor]]
@@ -286,15 +285,15 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     parts: EngineParts, undisturbed: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router = parts.engine()
-    forward, steps = router.model.forward, itertools.count()
+    head, steps = router.model.logits, itertools.count()
 
-    def overflowing(batch: ForwardBatch) -> torch.Tensor:
-        logits = forward(batch).clone()
+    def overflowing(hidden_states: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        logits = head(hidden_states, rows).clone()
         if next(steps) == 5:
             logits[1, 7] = math.nan
         return logits
 
-    monkeypatch.setattr(router.model, "forward", overflowing)
+    monkeypatch.setattr(router.model, "logits", overflowing)
     recorder = run(router, requests(parts))
     end = recorder.end("r1")
     assert end is not None

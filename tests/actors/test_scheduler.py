@@ -482,3 +482,51 @@ def test_random_traffic_never_stalls_or_leaks(data: st.DataObject) -> None:
     assert (pool.in_use, pool.free + pool.cached) == (0, pool.total)
     assert not simulation.scheduler.running
     assert not simulation.scheduler.waiting
+
+
+# ---- drafts ----------------------------------------------------------------------------------------------------------
+
+
+def test_drafts_are_verified_with_what_is_left_of_the_budget() -> None:
+    scheduler = make(budget=8)
+    first, second = scheduler.add(request("a", 3)), scheduler.add(request("b", 2))
+    advance(scheduler, scheduler.schedule())
+    first.drafts, second.drafts = [7, 8, 9], [5, 6, 7]
+    scheduler.add(request("c", 2))
+    chunks = scheduler.schedule()
+    assert [(c.length, c.drafts, c.rows) for c in chunks] == [(1, (7, 8, 9), 4), (1, (5,), 2), (2, (), 2)]
+    scheduler.advance(chunks[0], 30, accepted=2)
+    assert (first.tokens[-3:], first.computed, first.drafts) == ([7, 8, 30], 6, [])
+    scheduler.advance(chunks[1], 40)
+    assert (second.tokens[-1], second.computed, second.drafts) == (40, 3, [])
+    scheduler.pool.check()
+
+
+def test_drafts_preempt_nobody_and_end_with_the_pages() -> None:
+    scheduler = make(pages=3, budget=16)
+    first, second = scheduler.add(request("a", 3)), scheduler.add(request("b", 3))
+    advance(scheduler, scheduler.schedule())
+    first.drafts, second.drafts = [7, 8, 9], [5, 6, 7]
+    chunks = scheduler.schedule()  # both are about to fill their first page, and there is one more
+    assert [c.drafts for c in chunks] == [(7, 8, 9), ()]
+    assert (scheduler.preemptions, scheduler.pool.available) == (0, 0)
+    advance(scheduler, chunks)
+    assert [h for s in (first, second) for h in s.hashes] == [s.hashes[0] for s in (first, second)]
+
+
+def test_only_accepted_tokens_are_known_as_a_prefix() -> None:
+    scheduler = make(budget=16)
+    sequence = scheduler.add(request("a", 3, max_tokens=99))
+    advance(scheduler, scheduler.schedule())
+    sequence.drafts = [7, 8, 9]
+    (chunk,) = scheduler.schedule()
+    scheduler.advance(chunk, 50)  # page 0 is full now, the drafts' rows behind it are of no use
+    assert len(sequence.hashes) == 1
+    sequence.drafts = [8, 9, 10]
+    (chunk,) = scheduler.schedule()
+    assert chunk.start == 4
+    scheduler.advance(chunk, 60, accepted=3)
+    assert (sequence.tokens[-4:], len(sequence.hashes)) == ([8, 9, 10, 60], 2)
+    again = scheduler.add(request("b", sequence.tokens))
+    scheduler.schedule()
+    assert again.computed == 8

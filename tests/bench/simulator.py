@@ -73,7 +73,7 @@ class Shape:
         return {
             "model": MODEL,
             "experts": {"hosts": self.hosts, "min_replicas": self.min_replicas},
-            "routers": {"replicas": self.routers, "token_budget": self.token_budget},
+            "routers": {"replicas": self.routers, "token_budget": self.token_budget, "speculate": "off"},
         }
 
 

@@ -97,7 +97,7 @@ def test_tiny_r1_occupies_what_the_plan_says() -> None:
             assert memory[WEIGHTS] + memory[SCALES] == host.report().resident_bytes
         memory = plan.layout.process("router-0").memory
         _, checkpoint = open_model(checkpoint_path("tiny-r1"), verify="headers")
-        weights = router_weights(config, load_dense(checkpoint, config)[0], Compute.on_cpu())
+        weights = router_weights(plan.config, load_dense(checkpoint, plan.config)[0], Compute.on_cpu())
         assert memory[WEIGHTS] + memory[SCALES] == real_bytes(weights) + model.rotation.nbytes
         assert memory[KV_PAGES] == model.cache.nbytes
         assert plan.layout.table is not None

@@ -210,6 +210,9 @@ class ThreadSpawner(Spawner):
         if asked > self.room:
             raise NoRoomError(f"{asked - self.room} more CPUs")
 
+    def gpus(self, deployment: Deployment) -> float:
+        return 0.0
+
     def expert_host(self, host_id: str, deployment: Deployment, *, gently: bool = False) -> ExpertHostHandle:
         self.before(host_id)
         self.made.append(host_id)
