@@ -170,14 +170,14 @@ def total_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
 
-def listed_tensors(path: Path) -> frozenset[str]:
-    """Names of the tensors in the index of a checkpoint whose weights need not be there; none where it has no index.
+def listed_tensors(path: Path) -> frozenset[str] | None:
+    """Names of the tensors in the index of a checkpoint whose weights need not be there; None where it has no index.
 
     Raises:
         CheckpointError: the index is damaged.
     """
     index = path / INDEX_FILE
-    return frozenset(_read_index(index)[0]) if index.exists() else frozenset()
+    return frozenset(_read_index(index)[0]) if index.exists() else None
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], int]:

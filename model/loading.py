@@ -200,8 +200,9 @@ def open_model(
     return config, checkpoint
 
 
-def with_drafts(config: ModelConfig, drafts: Drafts, tensors: Container[str]) -> ModelConfig:
-    """The configuration that is served of a model with these tensors, with the MTP layer or without.
+def with_drafts(config: ModelConfig, drafts: Drafts, tensors: Container[str] | None) -> ModelConfig:
+    """The configuration that is served of a model with these tensors, with the MTP layer or without. Where nobody knows the
+    tensors yet (None), `auto` is `off`: exporters drop the layer and leave config.json as it was.
 
     Raises:
         CheckpointError: it must have an MTP layer, and has none.
@@ -209,8 +210,9 @@ def with_drafts(config: ModelConfig, drafts: Drafts, tensors: Container[str]) ->
     if drafts == "off" or (drafts == "auto" and not config.num_nextn_predict_layers):
         return config
     drafting = config.with_draft_layer()
-    missing = [tensor.name for tensor in TensorNames(drafting).draft_layer() if tensor.name not in tensors]
-    if not missing:
+    wanted = [tensor.name for tensor in TensorNames(drafting).draft_layer()]
+    missing = wanted if tensors is None else [name for name in wanted if name not in tensors]
+    if not missing or (tensors is None and drafts == "on"):
         return drafting
     if drafts == "auto":
         return config

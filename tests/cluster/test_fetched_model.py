@@ -82,8 +82,14 @@ def test_a_pinned_url_is_the_same_for_every_process(hub: HubServer, tmp_path: Pa
 
 
 def test_the_controller_needs_no_weights(hub: HubServer, tmp_path: Path) -> None:
-    fetched = check_model(a_deployment(tmp_path))
-    assert fetched == check_model(Deployment(verify="headers"))
+    def checked(speculate: str) -> bool:
+        routers = {"speculate": speculate}
+        local = Deployment.from_dict({"verify": "headers", "routers": routers})
+        return check_model(a_deployment(tmp_path, routers=routers)) == check_model(local)
+
+    assert checked("off")
+    assert checked("on"), "its config.json is believed"
+    assert not checked("auto"), "without an index nobody knows that the MTP layer is there"
     assert hub.sent[WEIGHTS] == 0
     check_model(a_deployment(tmp_path, verify="full"))
     assert hub.sent[WEIGHTS] == len(hub.files[WEIGHTS])

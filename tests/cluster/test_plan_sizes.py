@@ -83,14 +83,26 @@ def test_tiny_r1_on_disk_is_its_file() -> None:
     assert sizes.disk_total.total == file.stat().st_size - 8 - header
 
 
-def test_tiny_r1_occupies_what_the_plan_says() -> None:
+@pytest.mark.parametrize(("speculate", "layers"), [("off", 4), ("auto", 5)])
+def test_tiny_r1_occupies_what_the_plan_says(speculate: str, layers: int) -> None:
     """The plan of one CPU node, and the same model loaded in this process: not 5% apart but equal."""
     config = ModelConfig.load(checkpoint_path("tiny-r1"))
+    routers = {"cache_tokens": 4096, "speculate": speculate}
     plan = make_plan(
-        "tiny-r1", config, parse_nodes("1xcpu:16"), Deployment.from_dict({}), hosts=3, context=2048, cache_tokens=4096
+        "tiny-r1",
+        config,
+        parse_nodes("1xcpu:16"),
+        Deployment.from_dict({"routers": routers}),
+        hosts=3,
+        context=2048,
+        cache_tokens=4096,
     )
     assert plan.fits, plan.problems
-    with LLM("tiny-r1", experts=3, routers={"cache_tokens": 4096}) as llm:
+    assert len(plan.config.moe_layers) == layers
+    with LLM("tiny-r1", experts=3, routers=routers) as llm:
+        read = {p.id: p.data_bytes_read for p in llm.cluster.status().processes}
+        assert read.pop("router-0") == plan.sizes.disk_dense.total
+        assert sum(read.values()) == 16 * layers * plan.sizes.disk_expert.total
         model = llm.cluster.router.model
         for host in llm.cluster.hosts:
             memory = plan.layout.process(host.host_id).memory

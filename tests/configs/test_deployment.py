@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from moray.cluster.assembly import checkpoint_path, compute, max_context, router_settings
+from moray.cluster.assembly import checkpoint_path, compute, drafts, max_context, router_settings
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ConfigError
 from moray.model.compute import Compute
@@ -213,6 +214,30 @@ def test_the_pool_holds_the_longest_sequence(page: int, cache: int, pages: int) 
     settings = router_settings(Deployment.from_dict(raw), CONFIG)
     assert settings.pages == pages
     assert settings.pages * page >= settings.max_context
+
+
+@pytest.mark.parametrize(
+    ("raw", "gpus", "expected"),
+    [
+        ({}, 0, "auto"),
+        ({}, 2, "off"),
+        ({"device": "cpu"}, 2, "auto"),
+        ({"device": "cuda", "routers": {"speculate": "on"}}, 1, "on"),
+        ({"routers": {"speculate": "off"}}, 0, "off"),
+    ],
+)
+def test_which_deployments_serve_the_mtp_layer(raw: dict[str, Any], gpus: int, expected: str) -> None:
+    assert drafts(Deployment.from_dict(raw), gpus=gpus) == expected
+
+
+def test_how_much_is_drafted() -> None:
+    three = Deployment.from_dict({"routers": {"speculate": "on", "draft_tokens": 3}})
+    with_layer = replace(CONFIG, num_nextn_predict_layers=1).with_draft_layer()
+    settings = router_settings(three, with_layer)
+    assert (settings.draft_tokens, settings.draft_always) == (3, True)
+    assert router_settings(three, CONFIG).draft_tokens == 0
+    settings = router_settings(Deployment(), with_layer)
+    assert (settings.draft_tokens, settings.draft_always) == (1, False)
 
 
 @pytest.mark.parametrize(
