@@ -502,31 +502,31 @@ def test_drafts_are_verified_with_what_is_left_of_the_budget() -> None:
     scheduler.pool.check()
 
 
-def test_drafts_preempt_nobody_and_end_with_the_pages() -> None:
-    scheduler = make(pages=3, budget=16)
+def test_drafts_leave_every_sequence_a_page() -> None:
+    scheduler = make(pages=5, budget=16)
     first, second = scheduler.add(request("a", 3)), scheduler.add(request("b", 3))
     advance(scheduler, scheduler.schedule())
     first.drafts, second.drafts = [7, 8, 9], [5, 6, 7]
-    chunks = scheduler.schedule()  # both are about to fill their first page, and there is one more
+    chunks = scheduler.schedule()  # both are about to fill their first page
     assert [c.drafts for c in chunks] == [(7, 8, 9), ()]
-    assert (scheduler.preemptions, scheduler.pool.available) == (0, 0)
-    advance(scheduler, chunks)
-    assert [h for s in (first, second) for h in s.hashes] == [s.hashes[0] for s in (first, second)]
+    assert (scheduler.preemptions, scheduler.pool.available) == (0, 2)
 
 
-def test_only_accepted_tokens_are_known_as_a_prefix() -> None:
+def test_drafts_that_are_wrong_are_no_part_of_a_prefix() -> None:
     scheduler = make(budget=16)
     sequence = scheduler.add(request("a", 3, max_tokens=99))
     advance(scheduler, scheduler.schedule())
     sequence.drafts = [7, 8, 9]
     (chunk,) = scheduler.schedule()
-    scheduler.advance(chunk, 50)  # page 0 is full now, the drafts' rows behind it are of no use
-    assert len(sequence.hashes) == 1
+    scheduler.advance(chunk, 50)  # page 0 is full now; the drafts' rows are on the next one
     sequence.drafts = [8, 9, 10]
     (chunk,) = scheduler.schedule()
     assert chunk.start == 4
     scheduler.advance(chunk, 60, accepted=3)
-    assert (sequence.tokens[-4:], len(sequence.hashes)) == ([8, 9, 10, 60], 2)
-    again = scheduler.add(request("b", sequence.tokens))
-    scheduler.schedule()
-    assert again.computed == 8
+    assert sequence.tokens[-5:] == [50, 8, 9, 10, 60]
+    again, other = (
+        scheduler.add(request("b", sequence.tokens)),
+        scheduler.add(request("c", [*sequence.tokens[:4], 7, 8, 9, 1])),
+    )
+    starts = {chunk.sequence: chunk.start for chunk in scheduler.schedule()}
+    assert (starts[again], starts[other]) == (8, 4)

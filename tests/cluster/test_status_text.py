@@ -57,8 +57,8 @@ def test_a_cluster_that_is_fine() -> None:
 def test_how_many_drafts_were_right() -> None:
     drafting = replace(FINE, routers=[replace(FINE.routers[0], drafted_tokens=40, accepted_tokens=38)])
     assert lines(drafting)[-2:] == [
-        "router running waiting pages free cached in use total tokens out drafts right",
-        "router-0 3 0 4 0 0 10 99 38 of 40",
+        "router running waiting pages free cached in use total hits tokens out drafts right",
+        "router-0 3 0 4 0 0 10 75% 99 38 of 40",
     ]
 
 
