@@ -13,8 +13,9 @@ BUSY_CLIENT = 0.5
 """Share of a core beyond which this client may be what limits, or what the server lacks."""
 
 _NOTES = (
-    "to the first token: from sending a request, connecting included; between tokens: tokens that come together share the "
-    "time since those before them evenly; standstill: between two deliveries, however many tokens they bring"
+    "to the first token: from sending a request, connecting included",
+    "between tokens: tokens that come together share the time since those before them evenly",
+    "standstill: between two deliveries, however many tokens they bring",
 )
 
 
@@ -28,7 +29,8 @@ def show(result: Result, console: Console) -> None:
     if len(plan.servers) > 1:
         console.print(Text(f"{plan.servers[0].name} over {plan.servers[1].name}", style="bold"))
         console.print(_ratios(result))
-    console.print(Text(_NOTES, style="dim"))
+    for note in _NOTES:
+        console.print(Text(note, style="dim"))
     console.print(Text(f"seed {plan.workload.seed}", style="dim"))
 
 
@@ -76,6 +78,9 @@ def _trouble(result: Result, server: int, console: Console) -> None:
         for found in result.figures_of(server, level):
             for line in doubts(found):
                 console.print(Text(f"{level}: {line}", style="yellow"))
+            if found.cached_tokens is not None:
+                told = f"{found.cached_tokens} of {found.prompt_tokens} prompt tokens came from the server's cache"
+                console.print(Text(f"{level}: {told}"))
 
 
 def doubts(found: Figures) -> list[str]:

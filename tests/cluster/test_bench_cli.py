@@ -15,7 +15,7 @@ from moray.cluster.bench.load import Extent, Tally
 from moray.cluster.bench.run import SCHEMA
 from moray.cluster.cli import main
 
-from .scripted_server import Reply, ScriptedServer, obedient, refusal
+from .scripted_server import DONE, Reply, ScriptedServer, message, obedient, refusal, usage
 
 SVG = "{http://www.w3.org/2000/svg}"
 SMALL = ("--prompt-tokens", "3-6", "--output-tokens", 4, "--requests", 5, "--seed", 3)
@@ -80,6 +80,17 @@ def test_two_servers_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert ratios["output tokens/s"]["rounds"] == 2
     assert ratios["output tokens/s"]["least"] <= ratios["output tokens/s"]["median"]
     assert "B, 2 streams" in picture.read_text()
+
+
+def test_what_a_server_had_in_its_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        return Reply([message("x", [7], "stop"), usage(len(body["prompt"]), 1, cached=2), DONE])
+
+    with ScriptedServer(reply) as server:
+        assert bench("--url", server.url, "--prompt-tokens", 6, "--requests", 5, "--concurrency", 1) == 0
+    told = capsys.readouterr().out
+    assert "1 stream: 10 of 30 prompt tokens came from the server's cache" in told
+    assert "5 answers are shorter than was asked for" in told
 
 
 def test_a_server_against_itself_is_asked_nothing_twice() -> None:
