@@ -164,6 +164,33 @@ def test_full_queues_refuse_and_nothing_is_lost() -> None:
     assert result.queue_most <= 64
 
 
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_what_waits_for_too_long_is_refused(lockstep: bool) -> None:
+    site = small_site(max_running=1, lockstep=lockstep)
+    patient = run(site, Listed([Arrival(i / 8, 8, 10) for i in range(60)]))
+    site = replace(site, settings=replace(site.settings, max_wait_s=2.0))
+    result = run(site, Listed([Arrival(i / 8, 8, 10) for i in range(60)]))
+    assert (patient.refused, patient.finished) == (0, 60)
+    assert result.refused > 0
+    assert result.finished + result.refused == 60
+    assert result.output_tokens == result.finished * 10
+    assert result.ttft.longest < 2.0 + 3 * PLAIN.one_step < patient.ttft.longest
+
+
+def test_a_target_keeps_prompts_out_of_the_way_of_answers() -> None:
+    class Counting(PlainCosts):
+        def router_step(self, tokens: int, decoding: int, sampled: int, kv_positions: int) -> float:
+            return (8 + tokens) / 1024
+
+    site = small_site(costs=Counting(layer=0.0, host=0.0, way=0.0), token_budget=512)
+    trace = Listed([Arrival(i / 4, 100, 50) for i in range(40)])
+    free = run(site, trace)
+    bound = run(replace(site, settings=replace(site.settings, target_itl_s=1 / 16)), trace)
+    assert free.itl.longest > 100 / 1024
+    assert bound.itl.p99 < 1 / 16 < free.itl.p99
+    assert free.finished == bound.finished == 40
+
+
 def test_requests_go_to_the_router_with_the_fewest() -> None:
     costs = PlainCosts(host=0.0)
     result = run(small_site(routers=4, costs=costs), Closed(8, Fixed(8), Fixed(4), requests=8))
