@@ -73,15 +73,15 @@ class HostLatency:
             bounds.append(known[smaller] * 2.0 ** (size - smaller))
         return min(bounds, default=None)
 
-    def allowed_s(self, pairs: int) -> float:
-        """How long a reply for `pairs` pairs may take before the host is late."""
-        usual = self.usual_s(pairs)
-        return _UNKNOWN_ALLOWED_S if usual is None else usual + max(_LEAST_ALLOWANCE_S, _ALLOWANCE * usual)
+    def limits_s(self, pairs: int) -> tuple[float, float]:
+        """How long a reply for `pairs` pairs may take before the host is late, and for how long it may be silent that owes it.
 
-    def fence_after_s(self, pairs: int) -> float:
-        """How long a host may be silent that owes `pairs` pairs; no end while nothing is known."""
+        The latter is without end while nothing is known.
+        """
         usual = self.usual_s(pairs)
-        return math.inf if usual is None else max(_LEAST_FENCE_S, _FENCE * usual)
+        if usual is None:
+            return _UNKNOWN_ALLOWED_S, math.inf
+        return usual + max(_LEAST_ALLOWANCE_S, _ALLOWANCE * usual), max(_LEAST_FENCE_S, _FENCE * usual)
 
 
 class _Window:

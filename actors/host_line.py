@@ -55,7 +55,7 @@ class HostLine:
         self.last_s = 0.0
         self.lent_to: PendingExperts | None = None
         self._queued: deque[Share] = deque()
-        self._reply_timeout_s = reply_timeout_s
+        self._reply_timeout_s = self._patience_s = reply_timeout_s
         self._clock = clock
         self._waiting_since = -math.inf  # silence counts from here: the first share's sending, or the reply before it
         self.refused_until = self.slow_until = -math.inf
@@ -87,7 +87,7 @@ class HostLine:
         """How long a silence may be before the host is given up: as long as it may last if a step waits for the host."""
         if self.needed:
             return self._reply_timeout_s
-        return min(self._reply_timeout_s, self.latency.fence_after_s(len(self.owed[0].pairs)))
+        return self._patience_s
 
     def post(self, share: Share) -> None:
         """Send a share, or queue it until the host has answered earlier ones.
@@ -132,8 +132,7 @@ class HostLine:
             self.lent_to = None
         # The rest of a frame follows its beginning at once, unless the host stops right there; and not every link can give
         # up a frame half-way without being lost.
-        patience = min(self._reply_timeout_s, self.latency.fence_after_s(len(share.pairs)))
-        frame = self.link.recv(deadline=Deadline.after(patience))
+        frame = self.link.recv(deadline=Deadline.after(self._patience_s))
         try:
             header = MoeHeader.unpack(frame.header)
         except ValueError as error:
@@ -172,6 +171,8 @@ class HostLine:
     def _wait_for_first(self, since: float) -> None:
         self._waiting_since = since
         if self.owed:
-            self.due = since + min(self._reply_timeout_s, self.latency.allowed_s(len(self.owed[0].pairs)))
+            allowed_s, fence_after_s = self.latency.limits_s(len(self.owed[0].pairs))
+            self.due = since + min(self._reply_timeout_s, allowed_s)
+            self._patience_s = min(self._reply_timeout_s, fence_after_s)
         else:
             self.due = math.inf

@@ -27,7 +27,7 @@ from .handshake import authenticate
 from .lifecycle import GuardedLink
 from .machine import machine_identity
 from .shm_memory import SLOTS, Arena, ControlPage, slot_bytes_for
-from .sockets import SocketWaiter, shut_down
+from .sockets import SocketWaiter, Spin, shut_down
 from .wire import (
     MAX_MESSAGE_BYTES,
     Message,
@@ -188,10 +188,11 @@ class _PacketSocket:
         self._sock = sock
         self._peer = peer
         self._waiter = SocketWaiter(sock)
+        self._spin = Spin()
 
     def wait(self, deadline: Deadline) -> bool:
         """Whether a packet, or the end of the connection, arrived before the deadline."""
-        return self._waiter.readable(deadline)
+        return self._spin.wait(self._waiter.readable_now) or self._waiter.readable(deadline)
 
     def hung_up(self) -> bool:
         return self._waiter.hung_up()

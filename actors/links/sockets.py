@@ -6,6 +6,8 @@ import contextlib
 import math
 import select
 import socket
+import time
+from collections.abc import Callable
 from typing import Final
 
 from ...configs.errors import ConfigError, PeerDiedError, PeerTimeoutError
@@ -13,6 +15,12 @@ from ..deadline import Deadline
 
 PEER_VANISHED_S: Final = 5
 """Seconds after which a host that stopped answering on the network counts as dead."""
+
+_SPIN_S: Final = 30e-6
+"""How long a wait may look again and again before it sleeps: about what being woken costs."""
+
+_LONGEST_REST: Final = 64
+"""Waits between two tries of a spin that has never paid: it then costs less than a microsecond a wait."""
 
 _HUNG_UP = select.POLLHUP | select.POLLRDHUP | select.POLLERR | select.POLLNVAL
 
@@ -33,6 +41,10 @@ class SocketWaiter:
         """Whether there is something to read before the deadline: bytes, end of file or an error."""
         return bool(self._readable.poll(milliseconds(deadline)))
 
+    def readable_now(self) -> bool:
+        """Whether there is something to read. Never blocks."""
+        return bool(self._readable.poll(0))
+
     def writable(self, deadline: Deadline) -> bool:
         """Whether a write would make progress, or fail, before the deadline."""
         return bool(self._writable.poll(milliseconds(deadline)))
@@ -40,6 +52,43 @@ class SocketWaiter:
     def hung_up(self) -> bool:
         """Whether the other end is closed or the connection broken. Never blocks."""
         return any(events & _HUNG_UP for _, events in self._hang_up.poll(0))
+
+
+class Spin:
+    """Whether to look again and again for a while before sleeping: as long as that pays.
+
+    Who is answered within microseconds is answered sooner if it does not sleep. But the core that it spins on may be what the
+    other end waits for, and then it never is: each wait that was spun on in vain doubles the waits that are not.
+    """
+
+    def __init__(self) -> None:
+        self._rest = 0  # waits until it is tried again
+        self._next_rest = 1
+
+    def worth_it(self) -> bool:
+        """Whether the wait that begins should spin."""
+        if self._rest:
+            self._rest -= 1
+            return False
+        return True
+
+    def ended(self, *, answered: bool) -> None:
+        """How a spin has ended."""
+        if answered:
+            self._next_rest = 1
+        else:
+            self._rest, self._next_rest = self._next_rest, min(_LONGEST_REST, 2 * self._next_rest)
+
+    def wait(self, ready: Callable[[], bool]) -> bool:
+        """Spin until it is `ready`, if that is worth it; False if it is to be slept for."""
+        if not self.worth_it():
+            return False
+        until = time.monotonic() + _SPIN_S
+        answered = ready()
+        while not answered and time.monotonic() < until:
+            answered = ready()
+        self.ended(answered=answered)
+        return answered
 
 
 def milliseconds(deadline: Deadline) -> int:

@@ -51,8 +51,7 @@ def known(*replies: tuple[int, float]) -> HostLatency:
 def test_an_unknown_host_has_a_second_and_no_fence() -> None:
     for latency in (known(), known(*[(8, 0.001)] * 7)):
         assert latency.usual_s(8) is None
-        assert latency.allowed_s(8) == 1.0
-        assert latency.fence_after_s(8) == np.inf
+        assert latency.limits_s(8) == (1.0, np.inf)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +59,7 @@ def test_an_unknown_host_has_a_second_and_no_fence() -> None:
 )
 def test_fast_hosts_are_late_sooner(usual: float, allowed: float, fence: float) -> None:
     latency = known(*[(8, usual)] * 8)
-    assert latency.allowed_s(8) == pytest.approx(allowed)
-    assert latency.fence_after_s(8) == pytest.approx(fence)
+    assert latency.limits_s(8) == pytest.approx((allowed, fence))
     assert latency.median_s == usual
 
 

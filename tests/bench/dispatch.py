@@ -8,9 +8,9 @@ shared memory and a Unix socket as doorbell: the sender copies into shared memor
 is done. Rounds of both are interleaved, so that a busy machine disturbs them alike: compare columns, not machines.
 
     start, finish     microseconds that `ExpertDispatch` takes for each half of a layer
-    cpu               of which this process computes; the rest is waiting
-    host cpu          each host's, reading the frame, copying, answering
-    raw               the bare exchange
+    layer, raw        both halves together, and the bare exchange; their ratio is the median of the rounds' own
+    cpu, host cpu     what this process and each host compute for it; the rest is waiting
+    raw cpu, raw host the same for the bare exchange. On a machine that others use, these alone mean anything
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -131,16 +130,16 @@ Exchange = Callable[[Sequence[tuple[int, int]]], None]
 
 
 @contextmanager
-def exchanging() -> Iterator[Exchange]:
-    """Bare exchanges: for each process how many bytes it is sent and how many it sends back."""
+def exchanging() -> Iterator[tuple[Exchange, list[int]]]:
+    """Bare exchanges: for each process how many bytes it is sent and how many it sends back. And the process ids."""
     with contextlib.ExitStack() as stack:
-        ends = []
+        ends, pids = [], []
         for _ in range(HOSTS):
             memory_fd = os.memfd_create("moray-bench")
             os.ftruncate(memory_fd, RAW_BYTES)
             here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             fds = (there.fileno(), memory_fd)
-            stack.enter_context(child("--raw", *map(str, fds), pass_fds=fds))
+            pids.append(stack.enter_context(child("--raw", *map(str, fds), pass_fds=fds)).pid)
             there.close()
             stack.callback(here.close)
             ends.append((here, np.frombuffer(mmap.mmap(memory_fd, RAW_BYTES), dtype=np.uint8)))
@@ -157,7 +156,7 @@ def exchanging() -> Iterator[Exchange]:
                 own[at : at + answered] = memory[RAW_BYTES // 2 : RAW_BYTES // 2 + answered]
                 at += answered
 
-        yield exchange
+        yield exchange, pids
 
 
 def cpu_seconds(pid: int) -> float:
@@ -197,36 +196,40 @@ class Inputs:
 
 
 def measure(
-    dispatch: ExpertDispatch, pids: Sequence[int], exchange: Exchange, tokens: int, hidden: int, rounds: int
+    dispatch: ExpertDispatch,
+    hosts: Sequence[int],
+    exchange: Exchange,
+    raw_hosts: Sequence[int],
+    inputs: Sequence[Inputs],
+    rounds: int,
 ) -> dict[str, float]:
-    """Medians in microseconds, and CPU microseconds a round."""
-    inputs = [Inputs(tokens, hidden, seed) for seed in range(16)]
-    times: dict[str, list[float]] = {name: [] for name in ("start", "finish", "cpu", "layer", "raw")}
+    """Medians in microseconds of each round's times, and CPU microseconds a round."""
+    times: dict[str, list[float]] = {name: [] for name in ("start", "finish", "cpu", "layer", "raw", "raw cpu")}
     clock, thread = time.perf_counter, time.thread_time
-    hosts = 0.0
-    for number in range(rounds + rounds // 10):
+    for one in inputs:
+        one.check(dispatch.finish(dispatch.start(LAYER, one.hidden_states, one.topk_ids, one.topk_weights)))
+        exchange(one.sizes)
+    before = [sum(map(cpu_seconds, pids)) for pids in (hosts, raw_hosts)]
+    for number in range(rounds):
         one = inputs[number % len(inputs)]
-        if number == rounds // 10:
-            hosts = sum(map(cpu_seconds, pids))
         began, cpu = clock(), thread()
         pending = dispatch.start(LAYER, one.hidden_states, one.topk_ids, one.topk_weights)
         started = clock()
-        found = dispatch.finish(pending)
-        finished = clock()
-        times["cpu"].append(thread() - cpu)
+        dispatch.finish(pending)
+        finished, cpu_then = clock(), thread()
+        exchange(one.sizes)
+        times["raw"].append(clock() - finished)
+        times["raw cpu"].append(thread() - cpu_then)
+        times["cpu"].append(cpu_then - cpu)
         times["start"].append(started - began)
         times["finish"].append(finished - started)
         times["layer"].append(finished - began)
-        if number < len(inputs):
-            one.check(found)
-        del found, pending
-        began = clock()
-        exchange(one.sizes)
-        times["raw"].append(clock() - began)
-    medians = {name: statistics.median(values[rounds // 10 :]) * 1e6 for name, values in times.items()}
-    medians["host cpu"] = (sum(map(cpu_seconds, pids)) - hosts) / rounds / len(pids) * 1e6
-    medians["ratio"] = statistics.median(
-        a / b for a, b in zip(times["layer"][rounds // 10 :], times["raw"][rounds // 10 :], strict=True)
+    medians = {name: statistics.median(values) * 1e6 for name, values in times.items()}
+    for name, pids, seconds in zip(("host cpu", "raw host"), (hosts, raw_hosts), before, strict=True):
+        medians[name] = (sum(map(cpu_seconds, pids)) - seconds) / rounds / len(pids) * 1e6
+    medians["ratio"] = statistics.median(a / b for a, b in zip(times["layer"], times["raw"], strict=True))
+    medians["cpu ratio"] = (medians["cpu"] + HOSTS * medians["host cpu"]) / (
+        medians["raw cpu"] + HOSTS * medians["raw host"]
     )
     return medians
 
@@ -264,20 +267,19 @@ def main() -> None:
     with (
         torch.inference_mode(),
         dispatching(arguments.hidden, arguments.host_threads) as (dispatch, pids),
-        exchanging() as exchange,
+        exchanging() as (exchange, raw_pids),
     ):
         if arguments.profile:
             for tokens in arguments.tokens:
                 profile(dispatch, tokens, arguments.hidden, arguments.rounds)
             return None
-        columns = ("start", "finish", "cpu", "host cpu", "layer", "raw", "ratio")
-        print(f"{f'T x {arguments.hidden} bf16':>16}" + "".join(f"{name:>10}" for name in columns) + "   p50 in us")
+        columns = ("start", "finish", "layer", "raw", "ratio", "cpu", "raw cpu", "host cpu", "raw host", "cpu ratio")
+        print(f"{f'T x {arguments.hidden} bf16':>16}" + "".join(f"{name:>10}" for name in columns) + "   us")
         for tokens in arguments.tokens:
-            found: dict[str, Any] = measure(dispatch, pids, exchange, tokens, arguments.hidden, arguments.rounds)
-            print(
-                f"{tokens:>16}"
-                + "".join(f"{found[name]:>10.2f}" if name == "ratio" else f"{found[name]:>10.0f}" for name in columns)
-            )
+            inputs = [Inputs(tokens, arguments.hidden, seed) for seed in range(16)]
+            found = measure(dispatch, pids, exchange, raw_pids, inputs, arguments.rounds)
+            cells = (f"{found[name]:>10.{2 if 'ratio' in name else 0}f}" for name in columns)
+            print(f"{tokens:>16}" + "".join(cells))
     return None
 
 
