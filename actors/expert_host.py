@@ -131,8 +131,7 @@ class ExpertHost:
         self._check_named("load")
         with self._held.loading(epoch) as loading:
             config, opened = self._files.open(checkpoint)
-            if len(slots) > len(config.moe_layers):
-                config = config.with_draft_layer()
+            config = config.with_moe_layers(len(slots))
             layers = config.moe_layers
             assert len(slots) == len(layers), (len(slots), len(layers))
             wanted = [(layer, e) for layer, held in zip(layers, slots, strict=True) for e in held if e != EMPTY]

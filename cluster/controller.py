@@ -70,17 +70,19 @@ class Controller:
         """
         deployment, experts = self.deployment, self.deployment.experts
         config, weights = check_model(deployment, gpus=self._spawner.gpus(deployment))
+        found = self._ledger.read()
+        if found is not None:
+            self._generation = found.generation + 1
+            if found.deployment == deployment.model_dump():  # else this one replaces it
+                self._found = found
+                # Whatever would be decided now that, say, there are GPUs.
+                config = config.with_moe_layers(found.table.layers)
         served_model(deployment, config)
         settings = router_settings(deployment, config)
         table = first_placement(config, experts)
         self._expert_bytes = weights.routed // max(1, table.layers * table.experts)
         held = sum(len(pairs_held(table, host)) for host in table.slots)
         self._bytes_to_load = deployment.routers.replicas * weights.dense + held * self._expert_bytes
-        found = self._ledger.read()
-        if found is not None:
-            self._generation = found.generation + 1
-            if found.deployment == deployment.model_dump():  # else this one replaces it
-                self._found = found
         self._assemble(config, settings, table)
         self._checked = True
 

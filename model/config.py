@@ -107,6 +107,15 @@ class ModelConfig:
             )
         return replace(self, draft_layers=1)
 
+    def with_moe_layers(self, count: int) -> ModelConfig:
+        """The same with the MTP layer served or not: whichever has so many layers with routed experts.
+
+        Raises:
+            CheckpointError: it has no MTP layer, and would have to.
+        """
+        plain = replace(self, draft_layers=0)
+        return plain if count <= len(plain.moe_layers) else plain.with_draft_layer()
+
     @classmethod
     def load(cls, checkpoint: Path) -> ModelConfig:
         """Read `config.json` of the checkpoint directory.

@@ -15,6 +15,7 @@ from moray.cluster.controller import Controller
 from moray.cluster.ledger import KeptProcess, MemoryLedger, Record
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ClusterError
+from moray.model.testing import write_random_checkpoint
 
 from .thread_cluster import ThreadHost, ThreadSpawner, ask, deployment, eventually, tokens
 
@@ -73,6 +74,21 @@ def test_a_request_goes_on_and_nothing_is_started_again(
     assert "took_over" in [event.what for event in cluster.controller.status().events]
     assert cluster.controller.change(Wanted(experts=3)).epoch == 2
     assert tokens(ask(cluster.controller)) == expected
+
+
+def test_drafting_goes_on_though_there_are_gpus_now(
+    tmp_path: Path, spawner: ThreadSpawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(deployment(write_random_checkpoint(tmp_path / "mtp", seed=8, mtp=True)), spawner)
+    try:
+        answer = tokens(ask(cluster.controller))
+        cluster.lose_controller()
+        monkeypatch.setattr(spawner, "gpus", lambda deployment: 1.0)
+        cluster.replace_controller()
+        assert cluster.controller.change(Wanted(experts=3)).epoch == 2
+        assert tokens(ask(cluster.controller)) == answer
+    finally:
+        cluster.controller.stop()
 
 
 def test_what_died_meanwhile_is_restored(
