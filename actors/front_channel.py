@@ -132,7 +132,7 @@ def outputs_message(outputs: list[TokenOutput]) -> list[Any]:
         logprobs = None
         if output.logprobs is not None:
             logprobs = [[entry.logprob, entry.top_ids, entry.top_logprobs] for entry in output.logprobs]
-        end = [output.finish_reason, output.error, output.retry_after_s]
+        end = [output.finish_reason, output.error, output.retry_after_s, output.cached_tokens]
         rows.append([output.request_id, output.token_ids, logprobs, *end])
     return ["outputs", rows]
 

@@ -52,6 +52,8 @@ class TokenOutput:
         finish_reason: None while the request goes on; set exactly once, in its last output.
         error: what went wrong, for `finish_reason == "error"`.
         retry_after_s: set where the request was turned away because it waited for too long: it may be sent again then.
+        cached_tokens: of the prompt, those that were not computed, because pages held them; set in the first output that a
+            router gives. No part of the answer: outputs that differ in it alone are equal.
     """
 
     request_id: str
@@ -60,6 +62,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     retry_after_s: float | None = None
+    cached_tokens: int | None = field(default=None, compare=False)
 
 
 def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
@@ -69,7 +72,8 @@ def joined(outputs: Sequence[TokenOutput]) -> TokenOutput:
     if first.logprobs is not None:
         logprobs = [entry for output in outputs for entry in output.logprobs or ()]
     token_ids = [token_id for output in outputs for token_id in output.token_ids]
-    return TokenOutput(first.request_id, token_ids, logprobs, last.finish_reason, last.error, last.retry_after_s)
+    end = last.finish_reason, last.error, last.retry_after_s
+    return TokenOutput(first.request_id, token_ids, logprobs, *end, first.cached_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -375,8 +375,10 @@ class Router:
             self.scheduler.advance(chunk, tokens[-1], accepted=len(tokens) - 1)
             self._counts["generated"] += len(tokens)
             _, sink = self._sequences[request.request_id]
+            first = sequence.generated == len(request.generated_token_ids) + len(tokens)
+            cached = min(sequence.cached, len(request.prompt_token_ids)) if first else None
             outputs.setdefault(sink, []).append(
-                TokenOutput(request.request_id, tokens, outcome.logprobs, outcome.finish_reason)
+                TokenOutput(request.request_id, tokens, outcome.logprobs, outcome.finish_reason, cached_tokens=cached)
             )
             if outcome.finish_reason is not None:
                 self._counts["finished"] += 1

@@ -113,7 +113,7 @@ class ClusterClient(EngineClient):
                 try:
                     async for output in stream:
                         so_far += output.token_ids
-                        end = output.finish_reason, output.error, output.retry_after_s
+                        end = output.finish_reason, output.error, output.retry_after_s, output.cached_tokens
                         yield TokenOutput(request.request_id, output.token_ids, output.logprobs, *end)
                     return
                 except RouterLostError as error:

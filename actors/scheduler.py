@@ -46,6 +46,7 @@ class Sequence:
         queued_s: when it came, by the scheduler's clock.
         begun: it has run before, here or on another router: it is not turned away for having waited.
         drafts: guesses at what comes after `tokens`.
+        cached: tokens whose rows it found in pages since it was let in.
     """
 
     request: GenerateRequest
@@ -58,6 +59,7 @@ class Sequence:
     queued_s: float = 0.0
     begun: bool = False
     drafts: list[int] = field(default_factory=list)
+    cached: int = 0
 
     @property
     def generated(self) -> int:
@@ -338,7 +340,7 @@ class Scheduler:
             if self._filler.get(page) is sequence:
                 del self._filler[page]
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.shareable = [], 0, 0
+        sequence.pages, sequence.computed, sequence.shareable, sequence.cached = [], 0, 0, 0
 
     def _hash(self, sequence: Sequence, pages: int) -> None:
         """Have the hashes of its first `pages` full pages at hand."""
@@ -369,6 +371,7 @@ class Scheduler:
             return None
         while index < sequence.shareable and self.pool.holds(sequence.pages[index]):
             index += 1
+            sequence.cached += size
             self.prefix_hit_tokens += size
         sequence.computed = index * size
         if index >= sequence.shareable:

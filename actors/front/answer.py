@@ -77,6 +77,7 @@ class Answer:
         self._splitter = splitter
         self._wants_logprobs = wants_logprobs
         self._offsets: list[int] = []  # where each token's text begins, in characters of the whole text
+        self._cached_tokens: int | None = None
         self._decoded = 0  # characters of the whole text so far
         self._released = 0  # of these, how many are known to lie before any stop string
         self._unreported: deque[TokenEntry] = deque()
@@ -85,6 +86,11 @@ class Answer:
     def completion_tokens(self) -> int:
         """Tokens generated and used; those after a stop string in the same output are not."""
         return len(self._offsets)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed, because the first router had them."""
+        return self._cached_tokens or 0
 
     @property
     def reasoning_tokens(self) -> int:
@@ -102,6 +108,8 @@ class Answer:
             QueueFullError: the output says that the request was turned away.
             EngineFailedError: the output says that the request failed, or breaks the engine's promises.
         """
+        if self._cached_tokens is None:
+            self._cached_tokens = output.cached_tokens
         if output.retry_after_s is not None:
             raise QueueFullError(output.error or "the request waited for too long", retry_after_s=output.retry_after_s)
         if output.finish_reason in ("error", "cancelled"):

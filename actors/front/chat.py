@@ -141,5 +141,6 @@ def _usage(generation: Generation) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": run.answer.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": run.answer.reasoning_tokens},
     }

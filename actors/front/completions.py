@@ -139,7 +139,12 @@ class CompletionFormat(AnswerFormat):
         return choice
 
 
-def _usage(generation: Generation) -> dict[str, int]:
+def _usage(generation: Generation) -> dict[str, Any]:
     prompt = sum(len(run.request.prompt_token_ids) for run in generation.runs)
     completion = sum(run.answer.completion_tokens for run in generation.runs)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(run.answer.cached_tokens for run in generation.runs)},
+    }

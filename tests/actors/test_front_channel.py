@@ -84,7 +84,7 @@ def test_messages_survive_the_wire() -> None:
     outputs = [
         TokenOutput("a", [1, 2], [TokenLogprobs(-0.1234567890123456789, [1], [-2.5]), TokenLogprobs(-1.0, [], [])]),
         TokenOutput("b", [], None, "error", "é"),
-        TokenOutput("c", [3], None, "stop"),
+        TokenOutput("c", [3], None, "stop", cached_tokens=64),
         TokenOutput("d", [], None, "error", "waited for too long", 2.5),
     ]
 
@@ -94,7 +94,9 @@ def test_messages_survive_the_wire() -> None:
         return front_channel.decode(data[4:])
 
     assert front_channel.request_from(through(front_channel.generate_message(wanted))) == wanted
-    assert front_channel.outputs_from(through(front_channel.outputs_message(outputs))) == outputs
+    arrived = front_channel.outputs_from(through(front_channel.outputs_message(outputs)))
+    assert arrived == outputs
+    assert [output.cached_tokens for output in arrived] == [output.cached_tokens for output in outputs]
     stats = RouterStats("router-0", 1, 2, broken_links=["x"])
     kind, number, fields = through(front_channel.stats_message(3, stats))
     assert (kind, number, RouterStats(**fields)) == ("stats", 3, stats)

@@ -57,6 +57,9 @@ def test_a_shared_prefix_is_computed_once(parts: EngineParts) -> None:
     assert stats.prompt_tokens == PREFIX + sum(len(r.prompt_token_ids) - PREFIX for r in wanted)
     assert stats.prefix_hit_tokens == (REQUESTS - 1) * PREFIX
     assert (stats.preemptions, stats.requests_finished) == (0, REQUESTS)
+    told = [recorder.outputs[request.request_id] for request in wanted]
+    assert [outputs[0].cached_tokens for outputs in told] == [0] + [PREFIX] * (REQUESTS - 1)
+    assert all(output.cached_tokens is None for outputs in told for output in outputs[1:])
     for request in wanted[::5]:
         assert recorder.outputs[request.request_id] == alone(parts, request, SHARING).outputs[request.request_id]
 

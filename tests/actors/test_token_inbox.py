@@ -64,3 +64,4 @@ def test_a_taker_that_is_cancelled_leaves_what_comes_for_the_next() -> None:
 def test_the_last_word_of_joined_outputs_counts() -> None:
     outputs = [TokenOutput("r", [1]), TokenOutput("r", [], None, "error", "why", 2.0)]
     assert joined(outputs) == TokenOutput("r", [1], None, "error", "why", 2.0)
+    assert joined([TokenOutput("r", [1], cached_tokens=8), TokenOutput("r", [2])]).cached_tokens == 8

@@ -63,9 +63,15 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(client: openai.OpenAI) -> No
         getattr(message, "reasoning_content", None) or None,
     )
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason == "length"
-    assert chunks[-1].usage == whole.usage
+    told = chunks[-1].usage
+    assert told is not None
     assert whole.usage is not None
+    assert (told.prompt_tokens, told.completion_tokens) == (whole.usage.prompt_tokens, 40)
     assert whole.usage.completion_tokens == 40
+    assert told.prompt_tokens_details is not None
+    assert told.prompt_tokens_details.cached_tokens == (told.prompt_tokens - 1) // 32 * 32, (
+        "the full pages of the prompt"
+    )
 
 
 def test_a_streamed_completion_is_the_whole_one_in_pieces(client: openai.OpenAI) -> None:

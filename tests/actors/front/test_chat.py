@@ -42,8 +42,21 @@ def test_usage_is_exact(make_front: Any) -> None:
         "prompt_tokens": len(request.prompt_token_ids),
         "completion_tokens": len(answer) + 1,
         "total_tokens": len(request.prompt_token_ids) + len(answer) + 1,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": len(thought)},
     }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("endpoint", ["chat", "complete"])
+def test_usage_tells_what_was_cached(make_front: Any, sse: Any, endpoint: str, stream: bool) -> None:
+    front = make_front(
+        [TokenOutput("", [40], cached_tokens=7), TokenOutput("", [41], None, "length", cached_tokens=32)]
+    )
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = getattr(front, endpoint)(**options)
+    usage = sse(response)[-2]["usage"] if stream else response.json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 7}, "the second router knows what the first one told it"
 
 
 def test_the_prompt_is_the_rendered_template(make_front: Any) -> None:

@@ -25,6 +25,7 @@ def test_a_text_prompt_is_continued_as_it_is(make_front: Any) -> None:
         "prompt_tokens": len(request.prompt_token_ids),
         "completion_tokens": len(front.tokenizer.encode("<think>x</think> y")),
         "total_tokens": len(request.prompt_token_ids) + len(front.tokenizer.encode("<think>x</think> y")),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

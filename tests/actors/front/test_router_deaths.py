@@ -68,6 +68,9 @@ async def ask(addresses: Mapping[str, str], path: str, body: dict[str, Any]) -> 
 
 
 def without_id(answer: dict[str, Any]) -> dict[str, Any]:
+    """Nor what came from a cache, which is told but no part of the answer."""
+    if usage := answer.get("usage"):
+        assert usage.pop("prompt_tokens_details").keys() == {"cached_tokens"}
     return {k: v for k, v in answer.items() if k not in ("id", "created")}
 
 
