@@ -16,17 +16,31 @@ def check_port(host: str, port: int) -> int:
     Raises:
         ConfigError: it is taken, or not this machine's.
     """
+    with bound(host, port) as probe:
+        chosen: int = probe.getsockname()[1]
+        return chosen
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has this address, and does not listen yet.
+
+    Raises:
+        ConfigError: it is taken, or not this machine's.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            chosen: int = probe.getsockname()[1]
-            return chosen
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError:
+            sock.close()
+            raise
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port} ({error.strerror}); choose another with --host or --port (0: any free port)"
         ) from error
+    return sock
 
 
 def url_of(host: str, port: int) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from ..configs.deployment import Deployment
 from ..configs.errors import CheckpointError, ClusterError, ConfigError, FetchError, MorayError
 from . import private_ray
+from .front_door import FrontDoor
 from .listening import check_port, url_of
 from .load_progress import LoadingShown
 
@@ -62,6 +63,7 @@ class RayServer:
         self._keep_logs = False
         self._sessions: Path | None = None
         self._node: Any = None
+        self._door: FrontDoor | None = None
         self.url = url_of(deployment.front.host, deployment.front.port)
 
     @property
@@ -119,7 +121,7 @@ class RayServer:
         self._deployment = deployment = pinned(self._deployment)
         gpus = torch.cuda.device_count()
         if self._address is None:
-            check_port(deployment.front.host, deployment.front.port)
+            self._door = FrontDoor(deployment.front.host, deployment.front.port)
             compute(deployment, gpus=gpus)
         config, _ = check_model(deployment, gpus=max(gpus, deployment.device == "cuda"), progress=default_progress())
         router_settings(deployment, config)
@@ -157,7 +159,9 @@ class RayServer:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         front = self._deployment.front
         running = None if self._address is None else _get_global_client(raise_if_no_controller_running=False)
-        if running is None:
+        if self._door is not None:
+            serve.start(proxy_location="Disabled")
+        elif running is None:
             check_port(front.host, front.port)
             self._started_serve = True
             serve.start(proxy_location="HeadOnly", http_options={"host": front.host, "port": front.port})
@@ -172,7 +176,8 @@ class RayServer:
         self._deployed = True
         plain = self._deployment.model_copy(update={"verify": "headers"}).model_dump()  # checked in full already
         with LoadingShown(_load_progress):
-            serve.run(build(plain), name=APP, route_prefix="/", blocking=False)
+            door = None if self._door is None else self._door.name
+            serve.run(build(plain, door=door), name=APP, route_prefix="/", blocking=False)
 
     def _accounts(self) -> str:
         """What Serve's deployments say of themselves: the error of a process is there, and not in what `run` raises."""
@@ -200,6 +205,8 @@ class RayServer:
 
         What does not end in order is left for the caller to end: its processes run below this one.
         """
+        if self._door is not None:
+            self._door.close()
         if "ray" not in sys.modules:
             return
         import ray

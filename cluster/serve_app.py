@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from ..actors.front.app import create_app
+from ..actors.front.http_server import HttpServer
 from ..actors.messages import ClusterStatus, ProcessStatus
 from ..actors.router_client import ClusterClient
 from ..configs.deployment import ON_HEAD, Deployment
@@ -27,6 +28,7 @@ from ..model.config import ModelConfig
 from .assembly import checkpoint_path, front_settings, pinned, served_model
 from .changes import Change, Wanted
 from .controller import Controller
+from .front_door import borrowed
 from .handles import LOAD_TIMEOUT_S
 from .ledger import RayLedger
 from .registry import Directory
@@ -39,6 +41,9 @@ _CONTROLLER_TIMEOUT_S = 60.0
 """For an answer of a controller that asks every process for it."""
 
 _STATUS_TIMEOUT_S = 2.0
+
+_FRONT_GRACE_S = 3.0
+"""How long a front that ends lets its streams go on."""
 
 _UNLIMITED = 1_000_000
 """Serve must not hold requests back: routers queue, and refuse with 429, by what they can really take."""
@@ -111,10 +116,14 @@ def _application_ends(name: str) -> bool:
 
 
 class FrontDeployment:
-    """One front: the OpenAI API over connections to the routers."""
+    """One front: the OpenAI API over connections to the routers.
+
+    Args:
+        door: name of the `FrontDoor` at which it takes its clients; None leaves that to Serve's proxy.
+    """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, deployment: dict[str, Any], controller: DeploymentHandle
+        self, deployment: dict[str, Any], controller: DeploymentHandle, door: str | None
     ) -> None:
         _configure_logging()
         self._deployment = Deployment.from_dict(deployment)
@@ -130,6 +139,10 @@ class FrontDeployment:
             restore_timeout_s=self._deployment.routers.restore_timeout_s,
         )
         await self._client.connect()
+        self._app = self._built_app(behind_proxy=door is None)
+        self._server: HttpServer | None = None
+        if door is not None:
+            self._server = await HttpServer.start(self._app, borrowed(door), grace_s=_FRONT_GRACE_S)
 
     def _metadata(self) -> Path:
         deployment = self._deployment
@@ -150,10 +163,18 @@ class FrontDeployment:
             asking.cancel()
         return directory
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def _built_app(self, *, behind_proxy: bool) -> FastAPI:
         config = ModelConfig.load(self._path)
-        settings = front_settings(self._deployment, front_id=self._front_id, behind_proxy=True)
+        settings = front_settings(self._deployment, front_id=self._front_id, behind_proxy=behind_proxy)
         return create_app(self._client, served_model(self._deployment, config), settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    async def check_health(self) -> None:
+        """Serve asks now and then, and replaces a replica that raises."""
+        if self._server is not None and self._server.ended:
+            raise ClusterError(f"{self._front_id}: the HTTP server has ended")
 
     async def _routers(self) -> dict[str, str]:
         directory: Directory = await self._ask("directory", _STATUS_TIMEOUT_S)
@@ -176,11 +197,16 @@ class FrontDeployment:
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
+            if self._server is not None:
+                await self._server.stop()
             await self._client.aclose()
 
 
-def build(args: dict[str, Any]) -> serve.Application:
+def build(args: dict[str, Any], *, door: str | None = None) -> serve.Application:
     """The application for a deployment given as plain data: `args` of a Serve file.
+
+    Args:
+        door: see `FrontDeployment`.
 
     Raises:
         ConfigError, FetchError: the description cannot be used, or there is no such model; nothing was started.
@@ -205,11 +231,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     front = serve.deployment(
         name="front",
         num_replicas=deployment.front.replicas,
-        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_timeout_s=_FRONT_GRACE_S + 2.0,
         ray_actor_options={"num_cpus": 0, "resources": deployment.front.resources},
         **common,
     )(serve.ingress()(FrontDeployment))
-    return front.bind(plain, controller.bind(plain))
+    return front.bind(plain, controller.bind(plain), door)
 
 
 def _configure_logging() -> None:

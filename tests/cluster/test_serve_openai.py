@@ -85,7 +85,7 @@ def test_a_streamed_completion_is_the_whole_one_in_pieces(client: openai.OpenAI)
 
 
 def test_tokens_arrive_while_others_are_still_made(client: openai.OpenAI, shm_server: Serve) -> None:
-    """Serve's proxy passes every chunk on at once: the router is still busy with a stream whose first token is here."""
+    """Every chunk is sent at once: the router is still busy with a stream whose first token is here."""
     before = shm_server.status()["routers"][0]["generated_tokens"]
     stream = client.completions.create(
         model="tiny-r1",

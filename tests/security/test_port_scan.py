@@ -124,7 +124,8 @@ def test_every_listening_socket_is_known(server: Serve, places: dict[Place, str]
             assert not places.keys() & set(there)
     assert seen == places.keys()
     port = int(server.url.rpartition(":")[2])
-    assert [place.host for place in itertools.chain(*found.values()) if place.port == port] == ["127.0.0.1"]
+    # `moray serve` holds the front's socket, and the front has borrowed it.
+    assert {place.host for place in itertools.chain(*found.values()) if place.port == port} == {"127.0.0.1"}
 
 
 def test_strangers_get_nothing_and_break_nothing(
