@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..actors.front.served_model import ServedModel
 from ..actors.front.settings import FrontSettings, load_api_keys
 from ..actors.placement_table import COLD_HOST, is_cold
-from ..actors.router import RouterSettings
 from ..configs.deployment import EMBEDDED_MODEL, Deployment, ExpertHosts
 from ..configs.errors import ConfigError
 from ..configs.model_url import ModelUrl, is_model_url
-from ..model.compute import Compute
 from ..model.config import ModelConfig
 from ..model.fetching.directory import CheckpointDirectory
 from ..model.fetching.fetch import default_weights_dir, fetch, pin
 from ..model.fetching.selection import Parts
-from ..model.loading import Drafts
 from ..model.progress import Progress
+
+# A front takes the rest of this module, and comes up without torch.
+if TYPE_CHECKING:
+    from ..actors.router import RouterSettings
+    from ..model.compute import Compute
+    from ..model.loading import Drafts
 
 _TURNED_AWAY_S = 1.0
 """By so much later than its time a request that waits may be turned away: routers look between steps."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def checkpoint_path(
@@ -85,10 +85,14 @@ def compute(deployment: Deployment, *, gpus: float) -> Compute:
     """
     if deployment.device == "cuda" and not gpus:
         raise ConfigError("device = 'cuda': there is no GPU here; use cpu or auto, or start nodes that have some")
+    import torch
+
+    from ..model.compute import Compute
+
     on_gpu = deployment.device == "cuda" or (deployment.device == "auto" and gpus > 0)
     return Compute(
         device=torch.device("cuda" if on_gpu else "cpu"),
-        dtype=_DTYPES.get(deployment.dtype) or (torch.bfloat16 if on_gpu else torch.float32),
+        dtype=getattr(torch, _dtype(deployment.dtype, otherwise="bfloat16" if on_gpu else "float32")),
         keep_fp8=deployment.fp8 == "keep" or (deployment.fp8 == "auto" and on_gpu),
         fp8_kv=deployment.routers.kv_cache == "fp8",
     )
@@ -103,14 +107,22 @@ def host_compute(deployment: Deployment, host_id: str, *, gpus: float) -> Comput
     others = compute(deployment, gpus=gpus)
     if not is_cold(host_id):
         return others
+    import torch
+
+    from ..model.compute import Compute
+
     cold = deployment.experts.cold
     as_others = others.device.type == "cpu" and others.keep_fp8
     return Compute(
         device=torch.device("cpu"),
-        dtype=_DTYPES.get(cold.dtype) or _DTYPES.get(deployment.dtype) or torch.float32,
+        dtype=getattr(torch, _dtype(cold.dtype, otherwise=_dtype(deployment.dtype, otherwise="float32"))),
         keep_fp8=cold.fp8 == "keep" or (cold.fp8 == "auto" and as_others),
         fp8_kv=others.fp8_kv,
     )
+
+
+def _dtype(setting: str, *, otherwise: str) -> str:
+    return otherwise if setting == "auto" else setting
 
 
 def host_name(index: int) -> str:
@@ -172,6 +184,8 @@ def router_settings(deployment: Deployment, config: ModelConfig) -> RouterSettin
     Raises:
         ConfigError: see `max_context`.
     """
+    from ..actors.router import RouterSettings
+
     routers = deployment.routers
     return RouterSettings(
         page_size=routers.page_size,

@@ -20,6 +20,7 @@ from ..model.config import ModelConfig
 from .assembly import router_name, router_settings, served_model
 from .change_planner import ChangePlanner
 from .changes import Change, Wanted
+from .directory import Directory
 from .handles import ExpertHostHandle, RouterHandle
 from .in_touch import InTouch
 from .launching import Launcher, side_by_side
@@ -29,7 +30,7 @@ from .load_progress import FetchedBytes
 from .model_check import check_model
 from .observer import Observer
 from .placement import first_placement
-from .registry import Directory, Host, Registry, Router, pairs_held
+from .registry import Host, Registry, Router, pairs_held
 from .spawning import Spawner
 from .supervisor import Supervisor
 from .transition import Transition

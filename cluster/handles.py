@@ -21,6 +21,7 @@ from ..actors.router_process import HostAddresses
 from ..actors.weight_copy import Sources
 from ..configs.errors import ClusterError, MorayError
 from ..model.reader import BytesRead
+from .directory import LOAD_TIMEOUT_S
 from .node_weights import Fetching
 
 logger = logging.getLogger("moray.controller")
@@ -29,10 +30,6 @@ R = TypeVar("R", HostReport, RouterReport)
 
 SPAWN_TIMEOUT_S = 120.0
 """For a process to come up: seconds on a free machine; on a cluster it may have to wait for a node."""
-
-LOAD_TIMEOUT_S = 1800.0
-"""For a process that loads to get on by a single byte. How long all of it takes nobody can say: 689 GB take ten minutes over a
-10 GbE network that is fetched over, and two hours over 1 GbE."""
 
 CALL_TIMEOUT_S = 30.0
 ATTACH_TIMEOUT_S = 5.0

@@ -15,7 +15,8 @@ from ..actors.router import RouterSettings
 from ..actors.weight_copy import Sources, WeightSource
 from ..configs.errors import ClusterError, MorayError
 from ..model.reader import BytesRead
-from .handles import LOAD_TIMEOUT_S, SPAWN_TIMEOUT_S, Patience
+from .directory import LOAD_TIMEOUT_S
+from .handles import SPAWN_TIMEOUT_S, Patience
 from .ledger import KeptProcess
 from .registry import Host, Member, Registry, Router, by_kind, pairs_held
 from .spawning import NoRoomError, Processes, Spawner

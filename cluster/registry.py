@@ -18,6 +18,7 @@ from ..actors.placement_table import EMPTY, PlacementTable, is_cold
 from ..actors.reports import HostReport, RouterReport
 from ..configs.deployment import Deployment
 from ..model.reader import BytesRead
+from .directory import Directory
 from .handles import ExpertHostHandle, RouterHandle
 from .ledger import KeptProcess, Ledger, Record
 
@@ -70,14 +71,6 @@ class Router:
 
 
 Member = Host | Router
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """What a front needs to reach the routers: their addresses by id, and the cluster's secret (not shown in a repr)."""
-
-    routers: dict[str, str]
-    secret: bytes = field(repr=False)
 
 
 class Registry:

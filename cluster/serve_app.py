@@ -8,7 +8,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from fastapi import FastAPI
@@ -27,12 +27,11 @@ from ..configs.errors import ClusterError, MorayError
 from ..model.config import ModelConfig
 from .assembly import checkpoint_path, front_settings, pinned, served_model
 from .changes import Change, Wanted
-from .controller import Controller
+from .directory import LOAD_TIMEOUT_S, Directory
 from .front_door import borrowed
-from .handles import LOAD_TIMEOUT_S
-from .ledger import RayLedger
-from .registry import Directory
-from .spawning import Spawner
+
+if TYPE_CHECKING:  # the controller brings torch, without which a front comes up sooner
+    from .controller import Controller
 
 _LOADING_TIMEOUT_S = LOAD_TIMEOUT_S
 """How long the processes may stand still with loading before a front gives up: however long all of it takes."""
@@ -58,8 +57,12 @@ class ControllerDeployment:
 
     async def __init__(self, deployment: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         _configure_logging()
+        from .controller import Controller
+        from .ledger import RayLedger
+        from .spawning import Spawner
+
         self._application = serve.get_replica_context().app_name
-        self._controller = Controller(
+        self._controller: Controller = Controller(
             Deployment.from_dict(deployment), Spawner(self._application), RayLedger(self._application)
         )
         await asyncio.to_thread(self._controller.check)

@@ -5,12 +5,18 @@
     gloo, nccl      between machines, CPU to CPU and GPU to GPU             torch process groups + a TCP socket
 
 `handshake` and `acceptor` are also for other channels between Moray's processes.
+
+Nothing is imported before it is asked for: a front, which needs the handshake alone, then comes up without torch.
 """
 
-from .base import FRAMES_IN_FLIGHT, MAX_HEADER_BYTES, Frame, Link, LinkAddress, LinkKind, Listener
-from .factory import dial, listen
-from .inline import InlineLink
-from .machine import Site, choose_kind, machine_identity
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .base import FRAMES_IN_FLIGHT, MAX_HEADER_BYTES, Frame, Link, LinkAddress, LinkKind, Listener
+    from .factory import dial, listen
+    from .inline import InlineLink
+    from .machine import Site, choose_kind, machine_identity
 
 __all__ = [
     "FRAMES_IN_FLIGHT",
@@ -27,3 +33,13 @@ __all__ = [
     "listen",
     "machine_identity",
 ]
+
+_MODULES = {"dial": "factory", "listen": "factory", "InlineLink": "inline"} | dict.fromkeys(
+    ("Site", "choose_kind", "machine_identity"), "machine"
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES.get(name, 'base')}", __name__), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 from moray.actors.front.settings import FrontSettings
-from moray.cluster.registry import Directory
+from moray.cluster.directory import Directory
 
 from .source_tree import is_true, sources
 
