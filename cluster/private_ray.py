@@ -15,6 +15,7 @@ import os
 import secrets
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..configs.errors import ConfigError
@@ -57,6 +58,23 @@ def session_folder(base: Path) -> Path:
         raise ConfigError(f"{private} must be a folder of this user's alone (mode 700), and is not: remove it")
     # Ray opens the folder it is given to everybody, at every start of a process; not the one above.
     return private / "ray"
+
+
+@contextlib.contextmanager
+def few_processes() -> Iterator[None]:
+    """Keep the `ray.init` inside from starting what nobody here asks for anything: the dashboard's process, which it starts
+    with `include_dashboard=False`, too, and waits for; the one that sends logs to the driver; and the autoscaler's.
+    """
+    from ray._private.node import Node
+
+    before = {name: getattr(Node, name) for name in ("start_api_server", "start_log_monitor", "start_monitor")}
+    for name in before:
+        setattr(Node, name, lambda *_args, **_options: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def _use(path: Path) -> None:

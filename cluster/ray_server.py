@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..configs.deployment import Deployment
 from ..configs.errors import CheckpointError, ClusterError, ConfigError, FetchError, MorayError
@@ -22,6 +23,9 @@ from . import private_ray
 from .front_door import FrontDoor
 from .listening import check_port, url_of
 from .load_progress import LoadingShown
+
+if TYPE_CHECKING:
+    from ..model.config import ModelConfig
 
 logger = logging.getLogger("moray.serve")
 
@@ -86,7 +90,7 @@ class RayServer:
         Raises:
             MorayError: it could not be started; call `stop` all the same.
         """
-        self._check()
+        config = self._check()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             if self._address is None:
@@ -95,11 +99,14 @@ class RayServer:
                 private_ray.use_token_for(self._address)
             import ray
 
+            # Ray's processes take seconds to come up, and so does torch, which this needs.
+            checking = _beside(lambda: self._check_weights(config))
             with _keeping_sigterm():
                 if self._address is None:
                     self._start_ray()
                 else:
                     ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
+            checking.result()
             self._deploy()
         except MorayError:
             raise
@@ -109,24 +116,35 @@ class RayServer:
             self._keep_logs = isinstance(explained, ClusterError)
             raise explained from error
 
-    def _check(self) -> None:
-        """Refuse what can be refused while it is still a message and not a stack of actors."""
+    def _check(self) -> ModelConfig:
+        """Refuse what can be refused at once, while it is still a message and not a stack of actors."""
+        from ..model.config import ModelConfig
+        from .assembly import checkpoint_path, front_settings, pinned, served_model
+
+        self._deployment = deployment = pinned(self._deployment)
+        if self._address is None:
+            self._door = FrontDoor(deployment.front.host, deployment.front.port)
+        path = checkpoint_path(deployment.model, weights_dir=deployment.weights_dir, parts="metadata")
+        config = ModelConfig.load(path)
+        served_model(deployment, config)
+        front_settings(deployment, front_id="check", behind_proxy=True)
+        return config
+
+    def _check_weights(self, config: ModelConfig) -> None:
+        """Refuse the rest before any process of ours is started."""
         import torch
 
         from ..model.progress import default_progress
-        from .assembly import compute, front_settings, pinned, router_settings, served_model
+        from .assembly import compute, router_settings
         from .model_check import check_model
         from .placement import first_placement
 
-        self._deployment = deployment = pinned(self._deployment)
+        deployment = self._deployment
         gpus = torch.cuda.device_count()
         if self._address is None:
-            self._door = FrontDoor(deployment.front.host, deployment.front.port)
             compute(deployment, gpus=gpus)
-        config, _ = check_model(deployment, gpus=max(gpus, deployment.device == "cuda"), progress=default_progress())
+        check_model(deployment, gpus=max(gpus, deployment.device == "cuda"), progress=default_progress())
         router_settings(deployment, config)
-        served_model(deployment, config)
-        front_settings(deployment, front_id="check", behind_proxy=True)
         first_placement(config, deployment.experts)
 
     def _start_ray(self) -> None:
@@ -137,16 +155,17 @@ class RayServer:
         # Ray's default of 15 is for batch jobs: a server would come after whatever else the machine does.
         os.environ.setdefault("RAY_worker_niceness", "0")
         cpus, labels = logical_resources(self._deployment)
-        ray.init(
-            address="local",
-            _temp_dir=str(self._sessions),
-            num_cpus=max(cpus, os.cpu_count() or 1),
-            resources=labels,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with private_ray.few_processes():
+            ray.init(
+                address="local",
+                _temp_dir=str(self._sessions),
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                resources=labels,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         self._node = ray._private.worker._global_node
 
     def _deploy(self) -> None:
@@ -267,6 +286,21 @@ def logical_resources(deployment: Deployment) -> tuple[int, dict[str, float]]:
             labels[name] = labels.get(name, 0.0) + count * amount
     whole = {name: float(math.ceil(amount)) for name, amount in labels.items()}
     return sum(count * section.cpus for section, count in sections), whole
+
+
+def _beside(function: Callable[[], None]) -> Future[None]:
+    """Run `function` in a thread that does not keep the process from ending."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            function()
+            outcome.set_result(None)
+        except BaseException as error:  # whatever it is, it belongs to whoever asks for the result
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="moray-check", daemon=True).start()
+    return outcome
 
 
 def _load_progress() -> tuple[int, int] | None:
