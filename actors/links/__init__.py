@@ -9,7 +9,6 @@
 Nothing is imported before it is asked for: a front, which needs the handshake alone, then comes up without torch.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,12 +33,10 @@ __all__ = [
     "machine_identity",
 ]
 
-_MODULES = {"dial": "factory", "listen": "factory", "InlineLink": "inline"} | dict.fromkeys(
-    ("Site", "choose_kind", "machine_identity"), "machine"
-)
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES.get(name, 'base')}", __name__), name)
+    from . import base, factory, inline, machine
+
+    return next(getattr(module, name) for module in (base, factory, inline, machine) if hasattr(module, name))
