@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Server:
     name: str
     address: Address
     model: str = ""
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     chat: bool = False
     temperature: float = 0.0
     fields: tuple[str, ...] = tuple(_EXTENSIONS)
