@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The editable install links each file, so that type checkers can follow; a file more or less means installing again.
+# The editable install links each file, so that type checkers can follow; a file more or less means installing again. So does
+# a change of what is compiled.
 FILES := $(sort $(shell find . -name '*.py' -not -path './$(VENV)/*' -not -path './build/*'))
-STAMP := $(VENV)/.installed-$(firstword $(shell echo $(FILES) | cksum))
+NATIVE := $(wildcard kernels/cpu/native/*)
+STAMP := $(VENV)/.installed-$(firstword $(shell (echo $(FILES); cat $(NATIVE)) | cksum))
 PORT ?= 8000
 
 # Explicit everywhere: unset, Ray would turn token authentication on and write a token into the home directory.

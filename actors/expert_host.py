@@ -30,7 +30,7 @@ from .model_files import ModelFiles
 from .moe_frames import Kind, MoeHeader, check_pairs
 from .placement_table import EMPTY
 from .reports import HostReport
-from .weight_copy import Sources, give, tensors_of
+from .weight_copy import Sources, give
 
 logger = logging.getLogger("moray.expert_host")
 
@@ -334,7 +334,7 @@ def _check_sizes(hidden_states: torch.Tensor, pairs: torch.Tensor, experts: Expe
             f"hidden states in {hidden_states.dtype}; routers compute in {', '.join(map(str, _COMPUTED_IN))}"
         )
     for weights in experts.values():
-        width = tensors_of(weights)[0].shape[1]
+        width = weights.hidden_size
         if hidden_states.shape[1] != width:
             raise ValueError(f"hidden states of {hidden_states.shape[1]} for experts of {width}")
         break

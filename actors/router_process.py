@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from ..configs.errors import ClusterError
+from ..kernels.cpu.library import set_threads
 from ..model.checkpoint import Checkpoint
 from ..model.compute import Compute
 from ..model.config import ModelConfig
@@ -67,7 +66,7 @@ class RouterProcess:
         threads: int,
         progress: Progress | None = None,
     ) -> None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
         self.stopped = threading.Event()
         self._router_id = router_id
         config = ModelConfig.load(checkpoint)

@@ -16,6 +16,7 @@ import torch
 from ..configs.errors import LinkError
 from ..kernels.experts import MlpWeights
 from ..kernels.fp8 import BLOCK, BlockWeight, Weight, scale_shape
+from ..kernels.packed import TILE, PackedWeight, packed_rows
 from ..model.compute import Compute
 from ..model.loading import StoredMlp
 from .deadline import Deadline
@@ -61,11 +62,15 @@ class TensorForm:
     """A tensor [rows, columns] without data.
 
     Not a meta tensor: torch's first operation with one imports sympy, in seconds in which a host would serve slowly.
+
+    Attributes:
+        packs: rows of the matrix whose tiles these are, where it is packed (see `PackedWeight`); else None.
     """
 
     rows: int
     columns: int
     dtype: torch.dtype
+    packs: int | None = None
 
     def empty(self, rows: int, device: torch.device) -> torch.Tensor:
         """A tensor with so many rows of this form."""
@@ -87,7 +92,12 @@ def mlp_layout(stored: StoredMlp, compute: Compute) -> Layout:
     intermediate, hidden = stored.gate_proj.weight.shape
     if compute.keep_fp8 and all(part.scale_inv is not None for part in parts):
         padded = intermediate + -intermediate % BLOCK
-        return *_fp8_layout(2 * padded, hidden), *_fp8_layout(hidden, padded)
+        layout = *_fp8_layout(2 * padded, hidden), *_fp8_layout(hidden, padded)
+        return tuple(map(_packed_form, layout)) if compute.packed else layout
+    if compute.packed:
+        padded = intermediate + -intermediate % TILE
+        forms = TensorForm(2 * padded, hidden, compute.dtype), TensorForm(hidden, padded, compute.dtype)
+        return tuple(map(_packed_form, forms))
     return TensorForm(2 * intermediate, hidden, compute.dtype), TensorForm(hidden, intermediate, compute.dtype)
 
 
@@ -192,7 +202,7 @@ class WeightCopier:
                     tensors = [form.empty(form.rows, self._device) for form in layout]
                 tensors[piece.tensor][piece.start : piece.stop].copy_(rows)
                 if piece.tensor == len(layout) - 1 and piece.stop == layout[-1].rows:
-                    yield piece.expert, _mlp_of(tensors)
+                    yield piece.expert, _mlp_of(tensors, layout)
 
     def _ask(self, layer: int, pieces: Sequence[Piece], outlines: Sequence[torch.Tensor]) -> None:
         self._sequence += 1
@@ -219,6 +229,8 @@ class WeightCopier:
 
 
 def _parts(weight: Weight) -> tuple[torch.Tensor, ...]:
+    if isinstance(weight, PackedWeight):
+        return (weight.tiles,) if weight.scale_inv is None else (weight.tiles, weight.scale_inv)
     return (weight.codes, weight.scale_inv) if isinstance(weight, BlockWeight) else (weight,)
 
 
@@ -226,14 +238,26 @@ def _fp8_layout(rows: int, columns: int) -> Layout:
     return TensorForm(rows, columns, torch.float8_e4m3fn), TensorForm(*scale_shape(rows, columns), torch.float32)
 
 
+def _packed_form(form: TensorForm) -> TensorForm:
+    """The same when it is packed; scales are not."""
+    if form.dtype == torch.float32:
+        return form
+    return TensorForm(packed_rows(form.rows), TILE * form.columns, form.dtype, packs=form.rows)
+
+
 def _described(tensors: Sequence[torch.Tensor]) -> str:
     """What must agree: in which dtype each tensor is, and how wide."""
     return ", ".join(f"[*, {', '.join(map(str, tensor.shape[1:]))}] {tensor.dtype}" for tensor in tensors)
 
 
-def _mlp_of(tensors: Sequence[torch.Tensor]) -> MlpWeights:
+def _mlp_of(tensors: Sequence[torch.Tensor], layout: Layout) -> MlpWeights:
     """The expert with these tensors: the inverse of `tensors_of`."""
-    if len(tensors) == 2:
-        return MlpWeights(*tensors)
-    gate_up, gate_up_scales, down, down_scales = tensors
-    return MlpWeights(BlockWeight(gate_up, gate_up_scales), BlockWeight(down, down_scales))
+    half = len(tensors) // 2  # a matrix, and its scales where it has some
+    return MlpWeights(*(_weight_of(tensors[i : i + half], layout[i].packs) for i in (0, half)))
+
+
+def _weight_of(parts: Sequence[torch.Tensor], packs: int | None) -> Weight:
+    """The inverse of `_parts`."""
+    if packs is not None:
+        return PackedWeight(parts[0], parts[1] if len(parts) > 1 else None, packs)
+    return BlockWeight(*parts) if len(parts) > 1 else parts[0]

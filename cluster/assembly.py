@@ -12,6 +12,7 @@ from ..actors.placement_table import COLD_HOST, is_cold
 from ..configs.deployment import EMBEDDED_MODEL, Deployment, ExpertHosts
 from ..configs.errors import ConfigError
 from ..configs.model_url import ModelUrl, is_model_url
+from ..kernels.cpu.library import Instructions, native
 from ..model.config import ModelConfig
 from ..model.fetching.directory import CheckpointDirectory
 from ..model.fetching.fetch import default_weights_dir, fetch, pin
@@ -90,6 +91,8 @@ def compute(deployment: Deployment, *, gpus: float) -> Compute:
     from ..model.compute import Compute
 
     on_gpu = deployment.device == "cuda" or (deployment.device == "auto" and gpus > 0)
+    if not on_gpu and deployment.routers.kv_cache != "fp8" and _natively(deployment.dtype):
+        return Compute(torch.device("cpu"), torch.bfloat16, keep_fp8=deployment.fp8 != "decode", packed=True)
     return Compute(
         device=torch.device("cuda" if on_gpu else "cpu"),
         dtype=getattr(torch, _dtype(deployment.dtype, otherwise="bfloat16" if on_gpu else "float32")),
@@ -113,6 +116,10 @@ def host_compute(deployment: Deployment, host_id: str, *, gpus: float) -> Comput
 
     cold = deployment.experts.cold
     as_others = others.device.type == "cpu" and others.keep_fp8
+    dtype = deployment.dtype if cold.dtype == "auto" else cold.dtype
+    fp8 = deployment.fp8 if cold.fp8 == "auto" and others.device.type == "cpu" else cold.fp8
+    if _natively(dtype):
+        return Compute(torch.device("cpu"), torch.bfloat16, keep_fp8=fp8 != "decode", packed=True)
     return Compute(
         device=torch.device("cpu"),
         dtype=getattr(torch, _dtype(cold.dtype, otherwise=_dtype(deployment.dtype, otherwise="float32"))),
@@ -123,6 +130,14 @@ def host_compute(deployment: Deployment, host_id: str, *, gpus: float) -> Comput
 
 def _dtype(setting: str, *, otherwise: str) -> str:
     return otherwise if setting == "auto" else setting
+
+
+def _natively(dtype: str) -> bool:
+    """Whether CPUs compute with the native kernels: unless float32 is asked for, where there are any that are fast here."""
+    if dtype == "float32":
+        return False
+    library = native()
+    return library is not None and library.best > Instructions.GENERIC
 
 
 def host_name(index: int) -> str:

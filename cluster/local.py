@@ -23,6 +23,7 @@ from ..actors.messages import ClusterStatus, GenerateRequest, ProcessStatus, Tok
 from ..actors.router import Router
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import RequestError
+from ..kernels.cpu.library import set_threads
 from ..model.loading import load_dense, open_model
 from ..model.progress import Progress, default_progress
 from ..model.reader import BytesRead
@@ -59,7 +60,7 @@ class LocalCluster:
         settings = router_settings(deployment, self.config)
         self.model = served_model(deployment, self.config)
         computing = compute(deployment, gpus=gpus)
-        torch.set_num_threads(deployment.routers.cpus)
+        set_threads(deployment.routers.cpus)
         self.table = first_placement(self.config, deployment.experts)
         self.hosts: list[ExpertHost] = []
         self._bytes_read: dict[str, BytesRead] = {}

@@ -299,11 +299,10 @@ def _started(make: Callable[[], T], gently: bool) -> T:
 
 
 def _expert_host(compute: Mapping[str, Any], threads: int, model: Path | None) -> FaultPoints:
-    import torch
-
+    from ..kernels.cpu.library import set_threads
     from .chaos.fault_points import FaultPoints
 
-    torch.set_num_threads(threads)
+    set_threads(threads)
     host = FaultPoints("", compute=_compute(compute))
     if model is not None:
         host.warm_up(model)
@@ -328,6 +327,7 @@ def _compute(described: Mapping[str, Any]) -> Compute:
         dtype=getattr(torch, described["dtype"]),
         keep_fp8=described["keep_fp8"],
         fp8_kv=described["fp8_kv"],
+        packed=described["packed"],
     )
 
 
@@ -338,6 +338,7 @@ def described_compute(compute: Compute) -> dict[str, Any]:
         "dtype": str(compute.dtype).removeprefix("torch."),
         "keep_fp8": compute.keep_fp8,
         "fp8_kv": compute.fp8_kv,
+        "packed": compute.packed,
     }
 
 

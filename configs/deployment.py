@@ -67,9 +67,8 @@ class ColdHosts(Section):
         max_hosts: as `experts.max_hosts`.
         slots: experts of each layer that each of them holds, and the other hosts need not. None: as many as any other host.
         cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
-        dtype, fp8: as those of the deployment, for these hosts. `auto` is the deployment's own, as far as that is for CPUs:
-            beside GPUs FP8 weights are decoded, to float32 where `dtype` is `auto`, too. Where these hosts do not compute as
-            the others do, the bits of an answer depend on which experts they hold.
+        dtype, fp8: as those of the deployment, for these hosts. `auto` is the deployment's own, as far as that is for CPUs.
+            Where these hosts do not compute as the others do, the bits of an answer depend on which experts they hold.
         resources: see `Resources`.
     """
 
@@ -231,10 +230,11 @@ class Deployment(Section):
         name: the id clients use; by default the directory's name.
         device: where experts and attention compute; `auto` is cuda where there is any GPU, else cpu. On a cluster whose nodes
             with GPUs come when they are asked for: cuda.
-        dtype: what is computed in; `auto` is bfloat16 on GPUs, and float32 on CPUs, whose results do not depend on the
-            machine's bf16 units.
-        fp8: what becomes of FP8 weights: `keep` multiplies them as they are stored with activations quantised to FP8,
-            `decode` turns them into `dtype` when they are loaded; `auto` keeps them on GPUs and decodes them on CPUs.
+        dtype: what is computed in; `auto` is bfloat16, on CPUs by kernels of our own. Where those cannot be used (there was no
+            compiler when Moray was installed, no AVX2, or `routers.kv_cache` is fp8) CPUs compute in float32, by torch.
+        fp8: what becomes of FP8 weights: `keep` leaves them as they are, and multiplies them on GPUs with activations quantised
+            to FP8, on CPUs with bfloat16 ones; `decode` turns them into `dtype` when they are loaded. `auto` keeps them, but
+            where CPUs compute by torch.
         link: how routers and expert hosts are joined; `auto` takes shm on one machine, else nccl or gloo.
         max_context: longest prompt plus answer in tokens; by default the model's own, as far as the cache holds it.
         verify: `full` looks for NaN in the whole checkpoint before anything starts, `headers` only at names and shapes,

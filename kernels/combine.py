@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 
 from .cases import Case, Work
+from .cpu.combine import combine_rows
+from .cpu.library import native
 from .launch import Config, kernel, launch, uses_triton
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ def combine_parts(
         like: any tensor [*, H] of the outputs' dtype, on the device to combine on.
     """
     tokens, top_k = topk_weights.shape
+    if like.dtype == torch.bfloat16 and like.device.type == "cpu" and not uses_triton(like):
+        library = native()
+        if library is not None and all(rows.device.type == "cpu" for _, rows in parts):
+            return combine_rows(library, parts, topk_weights.contiguous(), like.shape[1])
     outputs = like.new_empty((tokens * top_k, like.shape[1]))
     if outputs.is_cpu:
         # At the speed of memory, which torch's own ways to do this are several times below.

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from .block_gemm import block_gemm
-from .fp8 import BlockWeight, Weight
+from .cpu.mlp import MlpTable, SwigluKernel
+from .fp8 import BlockWeight, StoredWeight, Weight
 from .grouped_gemm import WeightTable, grouped_gemm, schedule_tiles, token_tile
 from .launch import uses_triton
 from .linear import linear
+from .packed import PackedWeight
 from .quantize import quantize_rows
 from .silu_quantize import silu_mul, silu_mul_quantize
 
@@ -20,11 +22,17 @@ from .silu_quantize import silu_mul, silu_mul_quantize
 class MlpWeights:
     """One SwiGLU MLP: gate_up [2N, H] (gate rows first, then up rows) and down [H, N].
 
-    In the compute dtype, or in FP8 with N a multiple of 128.
+    In the compute dtype, in FP8 with N a multiple of 128, or both packed.
     """
 
     gate_up: Weight
     down: Weight
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        weight = self.gate_up
+        return weight.columns if isinstance(weight, PackedWeight) else _elements(weight).shape[1]
 
 
 class ExpertWeights(Mapping[int, MlpWeights]):
@@ -38,6 +46,7 @@ class ExpertWeights(Mapping[int, MlpWeights]):
     Attributes:
         num_slots: one more than the largest slot.
         tables: the addresses of gate_up and of down; None on a CPU, and where there is no expert.
+        packed: the same for the native CPU kernels, where the weights are packed.
 
     Raises:
         ValueError: the MLPs differ (checked where kernels need it).
@@ -47,10 +56,13 @@ class ExpertWeights(Mapping[int, MlpWeights]):
         self._by_slot = dict(by_slot)
         self.num_slots = max(self._by_slot, default=-1) + 1
         self.tables: tuple[WeightTable, WeightTable] | None = None
+        self.packed: MlpTable | None = None
         first = next(iter(self._by_slot.values()), None)
-        if first is not None and uses_triton(_elements(first.gate_up), _elements(first.down)):
-            gate_up = WeightTable({slot: mlp.gate_up for slot, mlp in self._by_slot.items()})
-            down = WeightTable({slot: mlp.down for slot, mlp in self._by_slot.items()})
+        if first is not None and isinstance(first.gate_up, PackedWeight):
+            self.packed = MlpTable({slot: _packed(mlp) for slot, mlp in self._by_slot.items()}, self.num_slots)
+        elif first is not None and uses_triton(_elements(first.gate_up), _elements(first.down)):
+            gate_up = WeightTable({slot: _stored(mlp.gate_up) for slot, mlp in self._by_slot.items()})
+            down = WeightTable({slot: _stored(mlp.down) for slot, mlp in self._by_slot.items()})
             self.tables = gate_up, down
 
     def __getitem__(self, slot: int) -> MlpWeights:
@@ -64,11 +76,27 @@ class ExpertWeights(Mapping[int, MlpWeights]):
 
 
 def _elements(weight: Weight) -> torch.Tensor:
+    if isinstance(weight, PackedWeight):
+        return weight.tiles
     return weight.codes if isinstance(weight, BlockWeight) else weight
+
+
+def _stored(weight: Weight) -> StoredWeight:
+    if isinstance(weight, PackedWeight):
+        raise ValueError("an MLP that is packed in part: pack all of them, or none")
+    return weight
+
+
+def _packed(mlp: MlpWeights) -> tuple[PackedWeight, PackedWeight]:
+    if not isinstance(mlp.gate_up, PackedWeight) or not isinstance(mlp.down, PackedWeight):
+        raise ValueError("an MLP that is packed in part: pack all of them, or none")
+    return mlp.gate_up, mlp.down
 
 
 def swiglu_mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) for x [T, H]; row-invariant."""
+    if isinstance(weights.gate_up, PackedWeight):
+        return SwigluKernel(*_packed(weights))(x.contiguous()).to(x.dtype)
     gate_up = linear(x, weights.gate_up)
     if isinstance(weights.down, BlockWeight):
         return block_gemm(silu_mul_quantize(gate_up), weights.down, x.dtype)
@@ -99,6 +127,8 @@ def grouped_mlp(
         KeyError, IndexError: a slot is empty, a row is out of range. On a GPU nobody looks, since that would wait for the
             device: an empty slot gives NaN, a slot past the last one rows of undefined contents, and rows must be in range.
     """
+    if weights.packed is not None:
+        return weights.packed.grouped(hidden_states, rows, slots, out=out)
     if not uses_triton(hidden_states, rows, slots):
         return grouped_mlp_reference(hidden_states, rows, slots, weights, out=out)
     pairs = rows.shape[0]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .packed import PackedWeight
+
 BLOCK = 128
 """Rows and columns of a weight block that shares one scale."""
 
@@ -45,8 +47,11 @@ class BlockWeight:
         return BlockWeight(self.codes.to(device), self.scale_inv.to(device))
 
 
-Weight = torch.Tensor | BlockWeight
-"""A matrix [N, K] a linear layer multiplies with: in a compute dtype, or in FP8 as stored."""
+StoredWeight = torch.Tensor | BlockWeight
+"""A matrix [N, K] whose rows lie one after the other."""
+
+Weight = StoredWeight | PackedWeight
+"""A matrix [N, K] a linear layer multiplies with: in a compute dtype, in FP8 as stored, or packed for the CPU kernels."""
 
 
 @dataclass(frozen=True, slots=True)

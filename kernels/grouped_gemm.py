@@ -19,7 +19,7 @@ import torch
 
 from .block_gemm import FP8_ARCHITECTURE, WEIGHT_TILE, as_operand, fp8_product
 from .cases import Case, Work
-from .fp8 import BLOCK, BlockWeight, QuantizedRows, Weight
+from .fp8 import BLOCK, BlockWeight, QuantizedRows, StoredWeight
 from .launch import Config, architecture, kernel, launch
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class WeightTable:
             allocations always are), or a slot is out of range.
     """
 
-    def __init__(self, by_slot: Mapping[int, Weight]) -> None:
+    def __init__(self, by_slot: Mapping[int, StoredWeight]) -> None:
         first = _elements(next(iter(by_slot.values())))
         self.shape: tuple[int, int] = (first.shape[0], first.shape[1])
         self.dtype = first.dtype
@@ -82,7 +82,7 @@ class WeightTable:
             yield from (weight.codes, weight.scale_inv) if isinstance(weight, BlockWeight) else (weight,)
 
 
-def _elements(weight: Weight) -> torch.Tensor:
+def _elements(weight: StoredWeight) -> torch.Tensor:
     return weight.codes if isinstance(weight, BlockWeight) else weight
 
 

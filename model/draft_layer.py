@@ -18,7 +18,7 @@ from ..kernels.attention_plan import Segment
 from ..kernels.linear import linear
 from ..kernels.rms_norm import rms_norm
 from .moe import Pending, RoutedExperts
-from .transformer import Block, Transformer
+from .transformer import Transformer, head_logits
 from .weights import DraftWeights
 
 Choose = Callable[[Sequence[int], torch.Tensor, int], list[int]]
@@ -57,7 +57,7 @@ class DraftLayer:
         self.model = model
         self.weights = weights
         self.eps = model.config.rms_norm_eps
-        self.block = Block(model.config, weights.block, model.feed_forward(layer, weights.block, routed))
+        self.block = model.block(layer, weights.block, routed)
         self.cache = model.cache[layer]
 
     @torch.inference_mode()
@@ -86,8 +86,8 @@ class DraftLayer:
         number = 0
         while going:
             places = [self._after(batch.segments[index], row, number) for row, index in enumerate(going)]
-            output = self.block(entering, model.positions(places), self.cache)
-            logits = linear(rms_norm(output, self.weights.norm, self.eps), model.head).float()
+            output = self.block.end(self.block.begin(entering, model.positions(places), self.cache))
+            logits = head_logits(rms_norm(output, self.weights.norm, self.eps), model.head)
             tokens = choose(going, logits, number)
             number += 1
             on = []

@@ -10,6 +10,7 @@ import torch
 
 from ..kernels.combine import combine
 from ..kernels.experts import ExpertWeights, MlpWeights, grouped_mlp, swiglu_mlp
+from ..kernels.fp8 import Weight
 from ..kernels.gate import select_experts
 from ..kernels.linear import linear
 from ..kernels.permute import sort_by_slot
@@ -54,9 +55,9 @@ class LocalExperts:
 
 @dataclass(frozen=True, slots=True)
 class GateWeights:
-    """The gate in fp32: weight [E, H] and the selection bias [E], or None."""
+    """The gate in fp32: weight [E, H] (packed, it may be in bf16) and the selection bias [E], or None."""
 
-    weight: torch.Tensor
+    weight: Weight
     correction_bias: torch.Tensor | None
 
 
@@ -93,7 +94,14 @@ class MoE(Generic[Pending]):
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] to [T, H]; routed and shared outputs are added in fp32, rounded once."""
+        return self.end(*self.begin(hidden_states)).to(hidden_states.dtype)
+
+    def begin(self, hidden_states: torch.Tensor) -> tuple[Pending, torch.Tensor | None]:
+        """Ask for the routed experts; what the shared ones give [T, H] meanwhile, in fp32."""
         pending = self.routed.start(self.layer, hidden_states, *self.gate(hidden_states))
-        shared = None if self.shared is None else swiglu_mlp(hidden_states, self.shared).float()
+        return pending, None if self.shared is None else swiglu_mlp(hidden_states, self.shared).float()
+
+    def end(self, pending: Pending, shared: torch.Tensor | None) -> torch.Tensor:
+        """The sum [T, H] of both in fp32."""
         output = self.routed.finish(pending)
-        return (output if shared is None else output + shared).to(hidden_states.dtype)
+        return output if shared is None else output + shared

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
+from ..kernels.cpu.attention import PackedAttention
+from ..kernels.cpu.matrix import unpack
 from ..kernels.experts import MlpWeights
 from ..kernels.fp8 import BlockWeight, Weight, dequantize_blocks
+from ..kernels.packed import PackedWeight
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import apply_rope
 from .attention import MLA, rope_rotation
@@ -27,7 +30,7 @@ def reference_logits(
     token_ids: list[int],
 ) -> torch.Tensor:
     """Logits [T, V] in fp32 at every position of `token_ids`."""
-    return functional.linear(_hidden_states(config, weights, experts, token_ids), weights.head).float()
+    return _linear(_hidden_states(config, weights, experts, token_ids), weights.head).float()
 
 
 def reference_draft_logits(
@@ -47,7 +50,7 @@ def reference_draft_logits(
     )
     rotation = rope_rotation(config, len(token_ids) - 1)
     x = _block(config, draft.block, experts[config.num_hidden_layers], _linear(both, draft.projection), rotation)
-    return functional.linear(rms_norm(x, draft.norm, eps), weights.head).float()
+    return _linear(rms_norm(x, draft.norm, eps), weights.head).float()
 
 
 def _hidden_states(
@@ -71,6 +74,7 @@ def _block(
     x: torch.Tensor,
     rotation: torch.Tensor,
 ) -> torch.Tensor:
+    assert not isinstance(block.attention, PackedAttention), "attention as it is written, not packed"
     attention = MLA(config, block.attention)
     x = x + _attend(attention, rms_norm(x, block.attention_norm, config.rms_norm_eps), rotation)
     normed = rms_norm(x, block.feed_forward_norm, config.rms_norm_eps)
@@ -89,7 +93,7 @@ def _attend(attention: MLA, x: torch.Tensor, rotation: torch.Tensor) -> torch.Te
     heads, tokens = config.num_attention_heads, x.shape[0]
     nope, rope = attention.query(x, rotation)
     compressed, shared_key = _linear(x, weights.kv_a).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-    expanded = functional.linear(rms_norm(compressed, weights.kv_a_norm, config.rms_norm_eps), weights.kv_b)
+    expanded = _linear(rms_norm(compressed, weights.kv_a_norm, config.rms_norm_eps), weights.kv_b)
     key, value = expanded.unflatten(-1, (heads, -1)).split([config.qk_nope_head_dim, config.v_head_dim], -1)
     shared_key = apply_rope(shared_key, rotation)[:, None].expand(-1, heads, -1)
     query, key = torch.cat((nope, rope), -1), torch.cat((key, shared_key), -1)
@@ -106,6 +110,8 @@ def _mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
 
 def _linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """Weights kept in FP8 are decoded; activations stay as they are."""
+    if isinstance(weight, PackedWeight):
+        weight = unpack(weight).to(x.dtype)
     if isinstance(weight, BlockWeight):
         weight = dequantize_blocks(weight.codes, weight.scale_inv, x.dtype)
     return functional.linear(x, weight)

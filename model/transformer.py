@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol
 
 import torch
 
 from ..kernels.attention_plan import AttentionPlan, Segment
+from ..kernels.cpu.attention import BatchTables, PackedAttention
+from ..kernels.cpu.matrix import linear as packed_linear
 from ..kernels.experts import swiglu_mlp
+from ..kernels.fp8 import Weight
 from ..kernels.kv_pages import KvFormat
 from ..kernels.linear import linear
+from ..kernels.packed import PackedWeight
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .attention import MLA, BatchPositions, rope_rotation
 from .compute import Compute
 from .config import ModelConfig
+from .cpu_block import CpuBlock
 from .moe import Gate, MoE, Pending, RoutedExperts
 from .weights import BlockWeights, RouterWeights
+
+MICRO_BATCH_TOKENS = 256
+"""A step is computed in two parts if each has so many tokens. With fewer, experts are bound by reading their weights
+(facts of `moray plan`: R1's up to some 256 tokens), and two parts would read most of them twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +44,64 @@ class ForwardBatch:
     sample_rows: Sequence[int]
 
 
-class Block:
-    """One transformer layer: attention and a feed-forward part, each behind a norm and around a residual."""
+class LayerBlock(Protocol):
+    """One layer in two halves, so that something else can be computed while the routed experts are away.
 
-    def __init__(
-        self, config: ModelConfig, weights: BlockWeights, feed_forward: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        self.eps = config.rms_norm_eps
-        self.attention_norm = weights.attention_norm
-        self.attention = MLA(config, weights.attention)
-        self.feed_forward_norm = weights.feed_forward_norm
-        self.feed_forward = feed_forward
+    What `begin` is given to know of the batch, and what it gives to `end`, is the block's own: see `Block` and `CpuBlock`.
+    """
 
-    def __call__(self, hidden_states: torch.Tensor, batch: BatchPositions, cache: torch.Tensor) -> torch.Tensor:
-        """[T, H] to [T, H]."""
-        normed = rms_norm(hidden_states, self.attention_norm, self.eps)
-        attended = self.attention(normed, batch, cache)
-        hidden_states, normed = add_rms_norm(hidden_states, attended, self.feed_forward_norm, self.eps)
-        return hidden_states + self.feed_forward(normed)
+    def begin(self, hidden_states: torch.Tensor, batch: Any, cache: torch.Tensor) -> Any:
+        """hidden_states [T, H], which may be changed, through attention; the routed experts are asked for."""
+
+    def end(self, begun: Any) -> torch.Tensor:
+        """The layer's output [T, H]."""
 
     def fill(
         self, hidden_states: torch.Tensor, rotation: torch.Tensor, cache_rows: torch.Tensor, cache: torch.Tensor
     ) -> None:
         """Only write the cache rows of hidden_states [T, H], for tokens whose own output nobody needs."""
+
+
+class Block(Generic[Pending]):
+    """One transformer layer: attention and a feed-forward part, each behind a norm and around a residual."""
+
+    def __init__(self, layer: int, config: ModelConfig, weights: BlockWeights, routed: RoutedExperts[Pending]) -> None:
+        assert not isinstance(weights.attention, PackedAttention), "packed weights are for CpuBlock"
+        self.eps = config.rms_norm_eps
+        self.attention_norm = weights.attention_norm
+        self.attention = MLA(config, weights.attention)
+        self.feed_forward_norm = weights.feed_forward_norm
+        self.moe = None if weights.gate is None else MoE(layer, Gate(config, weights.gate), weights.mlp, routed)
+        self.dense = weights.mlp
+        assert self.moe is not None or self.dense is not None, f"layer {layer} has neither a gate nor an MLP"
+
+    def begin(
+        self, hidden_states: torch.Tensor, batch: BatchPositions, cache: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Pending, torch.Tensor | None] | None]:
+        """The residual [T, H], and the dense MLP's output or what `MoE.begin` gave."""
+        normed = rms_norm(hidden_states, self.attention_norm, self.eps)
+        attended = self.attention(normed, batch, cache)
+        hidden_states, normed = add_rms_norm(hidden_states, attended, self.feed_forward_norm, self.eps)
+        if self.moe is not None:
+            return hidden_states, None, self.moe.begin(normed)
+        assert self.dense is not None
+        return hidden_states, swiglu_mlp(normed, self.dense), None
+
+    def end(
+        self, begun: tuple[torch.Tensor, torch.Tensor | None, tuple[Pending, torch.Tensor | None] | None]
+    ) -> torch.Tensor:
+        """[T, H]."""
+        hidden_states, output, pending = begun
+        if pending is not None:
+            assert self.moe is not None
+            output = self.moe.end(*pending).to(hidden_states.dtype)
+        assert output is not None
+        return hidden_states + output
+
+    def fill(
+        self, hidden_states: torch.Tensor, rotation: torch.Tensor, cache_rows: torch.Tensor, cache: torch.Tensor
+    ) -> None:
+        """See `LayerBlock`; `BatchPositions` says what rotation and cache_rows are."""
         normed = rms_norm(hidden_states, self.attention_norm, self.eps)
         self.attention.write(normed, rotation, cache_rows, cache)
 
@@ -69,6 +114,7 @@ class Transformer:
         routed: where the routed experts are.
         pages, page_size: size of the cache; `max_context` positions are prepared for RoPE.
         compute: where and in what to compute.
+        micro_batch_tokens: see `MICRO_BATCH_TOKENS`.
     """
 
     def __init__(
@@ -81,30 +127,26 @@ class Transformer:
         page_size: int,
         max_context: int,
         compute: Compute,
+        micro_batch_tokens: int = MICRO_BATCH_TOKENS,
     ) -> None:
         self.config = config
+        self.micro_batch_tokens = micro_batch_tokens
         self.page_size = page_size
         self.embedding = weights.embedding
         self.norm = weights.norm
         self.head = weights.head
         self.device = compute.device
         self.rotation = rope_rotation(config, max_context).to(self.device)
-        self.blocks = [
-            Block(config, block, self.feed_forward(layer, block, routed)) for layer, block in enumerate(weights.blocks)
-        ]
+        self.packed = compute.packed
+        self.blocks = [self.block(layer, block, routed) for layer, block in enumerate(weights.blocks)]
         stored = torch.uint8 if compute.fp8_kv else compute.dtype
         form = KvFormat(config.kv_lora_rank, config.qk_rope_head_dim, stored)
         self.cache = form.create(config.cached_layers, pages, page_size, self.device)
 
-    def feed_forward(
-        self, layer: int, block: BlockWeights, routed: RoutedExperts[Pending]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The feed-forward part of a layer with these weights."""
-        if block.gate is not None:
-            return MoE(layer, Gate(self.config, block.gate), block.mlp, routed)
-        dense = block.mlp
-        assert dense is not None, f"layer {layer} has neither a gate nor an MLP"
-        return lambda hidden_states: swiglu_mlp(hidden_states, dense)
+    def block(self, layer: int, weights: BlockWeights, routed: RoutedExperts[Pending]) -> LayerBlock:
+        """Layer number `layer` with these weights."""
+        kind = CpuBlock if self.packed else Block
+        return kind(layer, self.config, weights, routed)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
@@ -117,20 +159,41 @@ class Transformer:
     @torch.inference_mode()
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         """What `forward` has before the final norm: [T, H]."""
-        positions = self.positions(batch.segments)
         hidden_states = self.embedding[torch.tensor(batch.token_ids, device=self.device)]
-        for layer, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, positions, self.cache[layer])
-        return hidden_states
+        parts = [
+            (hidden_states[begin:end], self.positions(segments))
+            for begin, end, segments in micro_batches(batch.segments, self.micro_batch_tokens)
+        ]
+        return self._through_blocks(parts)
+
+    def _through_blocks(self, parts: Sequence[tuple[torch.Tensor, Any]]) -> torch.Tensor:
+        """The parts of a batch through the blocks in turn: while the experts of one are away, the next is computed.
+
+        Each part is its hidden_states [T_i, H] and positions; returns [T, H] of all. A part's keys are in the cache before
+        the next part attends, so a sequence may go on from one to the next.
+        """
+        begun: list[Any] = []
+        for number, block in enumerate(self.blocks):
+            cache = self.cache[number]
+            if number == 0:
+                begun = [block.begin(hidden_states, positions, cache) for hidden_states, positions in parts]
+                continue
+            previous = self.blocks[number - 1]
+            begun = [
+                block.begin(previous.end(state), positions, cache)
+                for state, (_, positions) in zip(begun, parts, strict=True)
+            ]
+        ended = [self.blocks[-1].end(state) for state in begun]
+        return ended[0] if len(ended) == 1 else torch.cat(ended)
 
     @torch.inference_mode()
     def logits(self, hidden_states: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """Logits [len(rows), V] in fp32 of these rows of hidden_states [T, H]."""
         chosen = hidden_states[torch.tensor(rows, dtype=torch.int64, device=self.device)]
-        return linear(rms_norm(chosen, self.norm, self.config.rms_norm_eps), self.head).float()
+        return head_logits(rms_norm(chosen, self.norm, self.config.rms_norm_eps), self.head)
 
-    def positions(self, segments: Sequence[Segment]) -> BatchPositions:
-        """Where the tokens of these segments stand."""
+    def positions(self, segments: Sequence[Segment]) -> BatchPositions | BatchTables:
+        """Where the tokens of these segments stand, as the blocks want it."""
         size = self.page_size
         position = [p for s in segments for p in range(s.position, s.position + s.length)]
         rows = [
@@ -139,5 +202,35 @@ class Transformer:
             for p in range(s.position, s.position + s.length)
         ]
         index = torch.tensor([position, rows], dtype=torch.int64).to(self.device)  # in one copy
+        rotation = self.rotation[index[0]]
+        if self.packed:
+            return BatchTables(segments, size, self.cache.shape[-1], index[1], rotation)
         plan = AttentionPlan.build(segments, size, self.device)
-        return BatchPositions(index[0], index[1], self.rotation[index[0]], plan)
+        return BatchPositions(index[0], index[1], rotation, plan)
+
+
+def head_logits(normed: torch.Tensor, head: Weight) -> torch.Tensor:
+    """Of rows [R, H] behind a final norm: [R, V] in fp32."""
+    if isinstance(head, PackedWeight):
+        return packed_linear(normed, head, torch.float32)
+    return linear(normed, head).float()
+
+
+def micro_batches(segments: Sequence[Segment], tokens: int) -> Iterator[tuple[int, int, Sequence[Segment]]]:
+    """Cut a batch in two halves if each then has `tokens` or more: (first row, row after the last, segments) of each part.
+
+    Rows of a part's segments count from its own first row.
+    """
+    total = sum(segment.length for segment in segments)
+    if total < 2 * tokens:
+        yield 0, total, segments
+        return
+    half = total // 2
+    for begin, end in ((0, half), (half, total)):
+        part = []
+        for segment in segments:
+            first, last = max(segment.start, begin), min(segment.start + segment.length, end)
+            if first < last:
+                position = segment.position + first - segment.start
+                part.append(Segment(first - begin, last - first, position, segment.block_table))
+        yield begin, end, part

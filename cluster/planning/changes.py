@@ -58,7 +58,7 @@ def smallest_changes(
         return not layout.problems and not node_problems(layout)
 
     found = [Change(what, 0) for what, changed in _settings(deployment) if fits(deployment=changed)]
-    if not sizes.compute.fp8_kv:
+    if not sizes.compute.fp8_kv and not sizes.compute.packed:  # CPUs would then compute by torch, in float32
         small = Compute(sizes.compute.device, sizes.compute.dtype, sizes.compute.keep_fp8, fp8_kv=True)
         if fits(sizes=model_sizes(sizes.config, small)):
             found.append(Change("routers.kv_cache: fp8", 0))
@@ -78,7 +78,7 @@ def _settings(deployment: Deployment) -> Iterator[tuple[str, Deployment]]:
         yield "experts.spare_slots: 0", _with(deployment, "experts", spare_slots=0)
     if experts.min_replicas > 1:
         yield "experts.min_replicas: 1", _with(deployment, "experts", min_replicas=1)
-    if experts.cold.hosts and experts.cold.dtype == "auto":
+    if experts.cold.hosts and experts.cold.dtype != "bfloat16":
         yield "experts.cold.dtype: bfloat16", _with_cold(deployment, dtype="bfloat16")
     if experts.cold.hosts and experts.cold.fp8 != "keep":
         yield "experts.cold.fp8: keep", _with_cold(deployment, fp8="keep")

@@ -16,6 +16,7 @@ import torch
 
 from ...kernels.fp8 import BlockWeight, scale_shape
 from ...kernels.kv_pages import KvFormat
+from ...kernels.packed import PackedWeight
 from ...model.compute import Compute
 from ...model.config import ModelConfig
 from ...model.loading import (
@@ -109,7 +110,7 @@ class ModelSizes:
 
     def __init__(self, config: ModelConfig, compute: Compute) -> None:
         self.config = config
-        self.compute = Compute(_META, compute.dtype, compute.keep_fp8, compute.fp8_kv)
+        self.compute = replace(compute, device=_META)
         self._names = TensorNames(config)
         self._main = replace(config, draft_layers=0)
 
@@ -180,7 +181,7 @@ class ModelSizes:
         first = weights.blocks[0]
         attention = held_bytes((first.attention_norm, first.attention, first.feed_forward_norm))
         embedding, norm = held_bytes(weights.embedding), held_bytes(weights.norm)
-        own_head = TensorBytes() if config.tie_word_embeddings else held_bytes(weights.head)
+        own_head = TensorBytes() if weights.head is weights.embedding else held_bytes(weights.head)
         layers = attention * config.num_hidden_layers + dense_mlp * dense_layers + (gate + shared) * moe_layers
         draft = held_bytes(weights.draft)
         return RouterBytes(
@@ -311,6 +312,8 @@ def held_bytes(weights: object) -> TensorBytes:
     """Bytes of every tensor in `weights`: a tensor, a dataclass or a tuple of such, or None."""
     if isinstance(weights, torch.Tensor):
         return TensorBytes(weights.nbytes)
+    if isinstance(weights, PackedWeight):
+        return TensorBytes(weights.tiles.nbytes, 0 if weights.scale_inv is None else weights.scale_inv.nbytes)
     if isinstance(weights, BlockWeight):
         return TensorBytes(weights.codes.nbytes, weights.scale_inv.nbytes)
     if isinstance(weights, tuple):

@@ -20,6 +20,7 @@ import torch
 
 from ...configs.deployment import Deployment
 from ...configs.errors import ConfigError
+from ...kernels.cpu.library import set_threads
 from ..assembly import checkpoint_path, compute, router_settings
 from .cpu_costs import Calibration, CpuConstants, CpuCosts, Machine
 from .parts_timing import Parts, Sample, layer_samples, link_samples, shared_samples, step_samples
@@ -88,7 +89,7 @@ def calibrate(deployment: Deployment, idle: ServedRun, runs: Sequence[ServedRun]
         idle: a run without requests.
         runs: with requests, of more kinds than one.
     """
-    torch.set_num_threads(deployment.routers.cpus)
+    set_threads(deployment.routers.cpus)
     path = checkpoint_path(deployment.model)
     parts = Parts.load(path, compute(deployment, gpus=0), lambda config: router_settings(deployment, config))
     alone, missed = _alone(parts)

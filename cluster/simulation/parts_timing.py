@@ -30,6 +30,7 @@ from ...actors.placement_table import PlacementTable
 from ...actors.router import Router, RouterSettings
 from ...configs.errors import ConfigError
 from ...kernels.attention_plan import Segment
+from ...kernels.cpu.library import set_threads
 from ...kernels.experts import MlpWeights, swiglu_mlp
 from ...model.compute import Compute
 from ...model.config import ModelConfig
@@ -252,7 +253,7 @@ class _Host:
 
 def _serve_host(pipe: Connection, name: str, parts: Mapping[str, Any]) -> None:
     """A host's process."""
-    torch.set_num_threads(1)
+    set_threads(1)
     host = ExpertHost(name, compute=parts["compute"])
     host.load(parts["checkpoint"], parts["slots"], epoch=parts["epoch"])
     pipe.send(host.listen("shm", bind_host="127.0.0.1", secret=parts["secret"]))

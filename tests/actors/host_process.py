@@ -19,7 +19,8 @@ from moray.model.compute import Compute
 def main() -> None:
     torch.set_num_threads(1)
     arguments = json.loads(sys.stdin.readline())
-    compute = Compute(torch.device("cpu"), getattr(torch, arguments["dtype"]), arguments["keep_fp8"])
+    dtype = getattr(torch, arguments["dtype"])
+    compute = Compute(torch.device("cpu"), dtype, arguments["keep_fp8"], packed=arguments["packed"])
     host = ExpertHost(arguments["host_id"], compute=compute)
     read = host.load(Path(arguments["checkpoint"]), arguments["slots"], epoch=arguments["epoch"])
     addresses = [

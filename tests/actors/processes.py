@@ -40,6 +40,7 @@ def host_processes(parts: EngineParts, table: PlacementTable, kind: LinkKind) ->
                 "host_id": host_id,
                 "dtype": str(parts.compute.dtype).removeprefix("torch."),
                 "keep_fp8": parts.compute.keep_fp8,
+                "packed": parts.compute.packed,
                 "checkpoint": str(parts.checkpoint),
                 "slots": slots,
                 "epoch": table.epoch,

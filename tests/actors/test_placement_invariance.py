@@ -21,6 +21,7 @@ from moray.actors.router import Router, RouterSettings
 from moray.actors.testing import SECRET, SETTINGS, EngineParts, Recorder, random_prompt, run
 from moray.cluster.local import LLM
 from moray.cluster.placement import even_placement
+from moray.model.compute import Compute
 from moray.model.config import ModelConfig
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
@@ -61,11 +62,16 @@ def answers(router: Router, wanted: Sequence[GenerateRequest], *, together: bool
     return found
 
 
+COMPUTE = {"float32": (Compute.on_cpu(), "float32"), "native": (Compute.native(), "bfloat16")}
+"""What everything computes with, and the `dtype` of a deployment that means it."""
+
+
 class Oracle:
     """One model, and the answers of one host inside one process to one request at a time."""
 
-    def __init__(self, checkpoint: Path, dtype: str) -> None:
-        self.parts = EngineParts(checkpoint, getattr(torch, dtype))
+    def __init__(self, checkpoint: Path, kind: str) -> None:
+        compute, dtype = COMPUTE[kind]
+        self.parts = EngineParts(checkpoint, compute=compute)
         self.requests = requests(self.parts.config)
         # The page size orders the sums of attention: it is part of what is compared, unlike everything else here.
         routers = {"page_size": SETTINGS.page_size}
@@ -89,7 +95,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("fp8"), dtype="fp8", seed=3)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=COMPUTE)
 def oracle(request: pytest.FixtureRequest, checkpoint: Path) -> Oracle:
     torch.set_num_threads(1)
     return Oracle(checkpoint, request.param)
@@ -166,7 +172,7 @@ def test_prefix_cache_hits_change_nothing(oracle: Oracle, parts: EngineParts) ->
 
 
 @pytest.mark.parametrize(("kind", "hosts"), [("shm", 2), ("gloo", 3)])
-@pytest.mark.parametrize("oracle", ["float32"], indirect=True)  # starting processes costs seconds
+@pytest.mark.parametrize("oracle", ["native"], indirect=True)  # starting processes costs seconds
 def test_hosts_in_processes_of_their_own(oracle: Oracle, parts: EngineParts, kind: LinkKind, hosts: int) -> None:
     table = parts.table(hosts)
     with host_processes(parts, table, kind) as processes, contextlib.ExitStack() as linked:

@@ -30,7 +30,7 @@ def planned(nodes: str, cold: dict[str, Any], *, skew: float = 0.0, config: Mode
 
 def test_eight_of_80_gb_and_two_cpu_nodes_hold_r1() -> None:
     """Without the cold tier they do not: see `test_plan_fit.py`."""
-    plan = planned("1x8xH100,2xcpu:768", {"hosts": 2, "slots": 32, "dtype": "bfloat16"}, config=R1_CONFIG)
+    plan = planned("1x8xH100,2xcpu:768", {"hosts": 2, "slots": 32, "fp8": "decode"}, config=R1_CONFIG)
     assert plan.fits
     assert plan.placement is not None
     assert (plan.placement.hosts, plan.placement.cold_hosts, plan.placement.cold_slots) == (7, 2, 32)
@@ -45,7 +45,7 @@ def test_eight_of_80_gb_and_two_cpu_nodes_hold_r1() -> None:
 
 
 def test_a_cold_tier_too_large_for_its_nodes_does_not_fit() -> None:
-    plan = planned("3x8xL40S,2xcpu:128", {"hosts": 2, "slots": 96})
+    plan = planned("3x8xL40S,2xcpu:128", {"hosts": 2, "slots": 96, "dtype": "float32"})
     of_tier, each = plan.problems
     assert of_tier.startswith("all together: ")
     assert of_tier.endswith("261.1 GB usable of 274.9 GB"), "of the nodes that are too small, not of all"
@@ -65,7 +65,7 @@ def test_nodes_without_gpus_hold_nothing_where_no_cold_host_is_asked_for() -> No
 
 
 def test_the_slower_of_both_kinds_counts_and_skew_makes_it_less() -> None:
-    cold = {"hosts": 2, "slots": 8}
+    cold = {"hosts": 2, "slots": 8, "dtype": "float32"}
     nodes = "4x8xRTX4090,2xcpu:768"
     uniform, skewed, without = planned(nodes, cold), planned(nodes, cold, skew=1.0), planned(nodes, {})
     assert uniform.placement is not None

@@ -151,7 +151,7 @@ def test_settings_come_before_hardware(
             {"cache_tokens": 4096},
             "a router has room for 4096 tokens of KV, and one request may have 8192",
         ),
-        ("2xcpu:200", {}, {}, "GB needed"),
+        ("2xcpu:200", {"dtype": "float32"}, {}, "GB needed"),
     ],
 )
 def test_every_reason_is_told(nodes: str, settings: dict[str, Any], options: dict[str, Any], problem: str) -> None:
@@ -183,8 +183,10 @@ def test_hosts_beyond_the_experts_are_not_planned() -> None:
     assert sum(not device.processes for device in plan.layout.devices) == 32 - 1 - SMALL.n_routed_experts
 
 
-def test_nodes_without_gpus_hold_everything_decoded() -> None:
-    plan = planned("8xcpu:768")
+def test_nodes_without_gpus_hold_fp8_unless_they_compute_by_torch() -> None:
+    fp8 = planned("8xcpu:768")
+    assert fp8.sizes.expert.weights == 3 * 7168 * 2048
+    plan = planned("8xcpu:768", {"dtype": "float32"})
     assert plan.fits
     assert len(plan.layout.hosts) == 8
     assert plan.layout.process("expert-host-0").memory[SCALES] == 0
@@ -206,9 +208,9 @@ def test_the_search_counts_slots_as_the_placement_does(nodes: str, experts: dict
 
 def test_more_memory_is_suggested_where_there_is_no_gpu() -> None:
     def fits(nodes: str) -> bool:
-        return planned(nodes, config=SHORT_CONFIG).fits
+        return planned(nodes, {"dtype": "float32"}, config=SHORT_CONFIG).fits
 
-    plan = planned("8xcpu:50", config=SHORT_CONFIG)
+    plan = planned("8xcpu:50", {"dtype": "float32"}, config=SHORT_CONFIG)
     assert not plan.fits
     (grown, more) = sorted((change.what for change in plan.changes), key=lambda what: "more nodes" in what)
     gib = int(grown.split()[0])

@@ -13,6 +13,7 @@ import torch
 
 from moray.actors.expert_host import ExpertHost
 from moray.cluster.assembly import checkpoint_path
+from moray.cluster.assembly import compute as compute_of
 from moray.cluster.local import LLM
 from moray.cluster.planning.footprint import KV_PAGES, SCALES, WEIGHTS
 from moray.cluster.planning.nodes import parse_nodes
@@ -109,13 +110,14 @@ def test_tiny_r1_occupies_what_the_plan_says(speculate: str, layers: int) -> Non
             assert memory[WEIGHTS] + memory[SCALES] == host.report().resident_bytes
         memory = plan.layout.process("router-0").memory
         _, checkpoint = open_model(checkpoint_path("tiny-r1"), verify="headers")
-        weights = router_weights(plan.config, load_dense(checkpoint, plan.config)[0], Compute.on_cpu())
+        weights = router_weights(plan.config, load_dense(checkpoint, plan.config)[0], compute_of(Deployment(), gpus=0))
         assert memory[WEIGHTS] + memory[SCALES] == real_bytes(weights) + model.rotation.nbytes
         assert memory[KV_PAGES] == model.cache.nbytes
         assert plan.layout.table is not None
         assert plan.layout.table.slots == llm.cluster.table.slots
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("keep_fp8", [True, False])
 @pytest.mark.parametrize(
     ("stored", "overrides"),
@@ -128,12 +130,12 @@ def test_tiny_r1_occupies_what_the_plan_says(speculate: str, layers: int) -> Non
     ],
 )
 def test_any_model_occupies_what_the_plan_says(
-    stored: Any, overrides: dict[str, Any], keep_fp8: bool, tmp_path: Path
+    stored: Any, overrides: dict[str, Any], keep_fp8: bool, packed: bool, tmp_path: Path
 ) -> None:
     """Matrices of ragged blocks, tied heads, direct queries: in each form that a process may hold them."""
     path = write_random_checkpoint(tmp_path / "model", overrides, dtype=stored)
     config, checkpoint = open_model(path, verify="headers")
-    compute = Compute(CPU, torch.bfloat16, keep_fp8=keep_fp8)
+    compute = Compute(CPU, torch.bfloat16, keep_fp8=keep_fp8, packed=packed)
     sizes = ModelSizes(config, compute)
     assert sizes.router.total.total == real_bytes(router_weights(config, load_dense(checkpoint, config)[0], compute))
     host = ExpertHost("expert-host-0", compute=compute)

@@ -90,21 +90,22 @@ def test_a_cluster_of_its_own_claims_every_label() -> None:
 @pytest.mark.parametrize(
     ("settings", "gpus", "usual", "cold"),
     [
-        ({}, 0, Compute.on_cpu(), Compute.on_cpu()),
-        ({"dtype": "bfloat16"}, 0, Compute.on_cpu(torch.bfloat16), Compute.on_cpu(torch.bfloat16)),
-        ({"fp8": "keep"}, 0, *[Compute(torch.device("cpu"), torch.float32, keep_fp8=True)] * 2),
-        ({}, 8, Compute(torch.device("cuda"), torch.bfloat16, keep_fp8=True), Compute.on_cpu()),
+        ({}, 0, Compute.native(), Compute.native()),
+        ({"dtype": "float32"}, 0, Compute.on_cpu(), Compute.on_cpu()),
+        ({"dtype": "float32", "fp8": "keep"}, 0, *[Compute(torch.device("cpu"), torch.float32, keep_fp8=True)] * 2),
+        ({"fp8": "decode"}, 0, *[Compute(torch.device("cpu"), torch.bfloat16, packed=True)] * 2),
+        ({}, 8, Compute(torch.device("cuda"), torch.bfloat16, keep_fp8=True), Compute.native()),
         (
-            {"dtype": "bfloat16", "fp8": "keep"},
+            {"dtype": "bfloat16", "fp8": "decode"},
             8,
-            Compute(torch.device("cuda"), torch.bfloat16, keep_fp8=True),
-            Compute.on_cpu(torch.bfloat16),
+            Compute(torch.device("cuda"), torch.bfloat16),
+            Compute.native(),
         ),
         (
-            {"experts": {"cold": {"dtype": "bfloat16", "fp8": "keep"}}},
+            {"experts": {"cold": {"dtype": "float32", "fp8": "keep"}}},
             8,
             Compute(torch.device("cuda"), torch.bfloat16, keep_fp8=True),
-            Compute(torch.device("cpu"), torch.bfloat16, keep_fp8=True),
+            Compute(torch.device("cpu"), torch.float32, keep_fp8=True),
         ),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from moray.cluster import assembly
 from moray.cluster.assembly import checkpoint_path, compute, drafts, max_context, router_settings
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ConfigError
@@ -243,16 +244,33 @@ def test_how_much_is_drafted() -> None:
 @pytest.mark.parametrize(
     ("raw", "gpus", "expected"),
     [
-        ({}, 0, Compute(CPU, torch.float32)),
-        ({"dtype": "bfloat16"}, 0, Compute(CPU, torch.bfloat16)),
+        ({}, 0, Compute.native()),
+        ({"dtype": "float32"}, 0, Compute(CPU, torch.float32)),
+        ({"dtype": "bfloat16"}, 0, Compute.native()),
+        ({"fp8": "decode"}, 0, Compute(CPU, torch.bfloat16, packed=True)),
         ({"fp8": "keep", "routers": {"kv_cache": "fp8"}}, 0, Compute(CPU, torch.float32, keep_fp8=True, fp8_kv=True)),
         ({}, 2, Compute(CUDA, torch.bfloat16, keep_fp8=True)),
         ({"device": "cuda", "dtype": "float32", "fp8": "decode"}, 1, Compute(CUDA, torch.float32)),
-        ({"device": "cpu"}, 8, Compute(CPU, torch.float32)),
+        ({"device": "cpu"}, 8, Compute.native()),
     ],
 )
 def test_what_is_computed_with(raw: dict[str, Any], gpus: int, expected: Compute) -> None:
     assert compute(Deployment.from_dict(raw), gpus=gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({}, Compute(CPU, torch.float32)),
+        ({"dtype": "bfloat16"}, Compute(CPU, torch.bfloat16)),
+        ({"fp8": "keep"}, Compute(CPU, torch.float32, keep_fp8=True)),
+    ],
+)
+def test_what_is_computed_with_where_no_kernels_are(
+    raw: dict[str, Any], expected: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "native", lambda: None)
+    assert compute(Deployment.from_dict(raw), gpus=0) == expected
 
 
 def test_a_gpu_that_is_not_there() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moray.kernels.experts import ExpertWeights, MlpWeights, grouped_mlp, grouped_mlp_reference, swiglu_mlp
-from moray.kernels.fp8 import BlockWeight, Weight, dequantize_blocks, quantize_blocks
+from moray.kernels.fp8 import BlockWeight, StoredWeight, Weight, dequantize_blocks, quantize_blocks
+from moray.kernels.packed import PackedWeight
 
 FP8 = torch.float8_e4m3fn
 HIDDEN, INTERMEDIATE = 200, 128
@@ -15,7 +16,7 @@ HIDDEN, INTERMEDIATE = 200, 128
 def mlp(seed: int, dtype: torch.dtype, device: torch.device) -> MlpWeights:
     generator = torch.Generator().manual_seed(seed)
 
-    def matrix(n: int, k: int) -> Weight:
+    def matrix(n: int, k: int) -> StoredWeight:
         values = torch.randn(n, k, generator=generator) / k**0.5
         return BlockWeight(*quantize_blocks(values)).to(device) if dtype == FP8 else values.to(device, dtype)
 
@@ -28,6 +29,7 @@ def hidden(tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 
 def plain(weight: Weight) -> torch.Tensor:
+    assert not isinstance(weight, PackedWeight)
     return dequantize_blocks(weight.codes, weight.scale_inv) if isinstance(weight, BlockWeight) else weight.float()
 
 

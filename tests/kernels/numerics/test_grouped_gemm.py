@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moray.kernels.block_gemm import block_gemm, block_gemm_reference
-from moray.kernels.fp8 import BlockWeight, QuantizedRows, Weight, quantize_blocks
+from moray.kernels.fp8 import BlockWeight, QuantizedRows, StoredWeight, quantize_blocks
 from moray.kernels.grouped_gemm import (
     WeightTable,
     grouped_gemm,
@@ -20,7 +20,7 @@ from moray.kernels.quantize import quantize_rows_reference
 FP8 = torch.float8_e4m3fn
 
 
-def matrix(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weight:
+def matrix(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> StoredWeight:
     """Blocks of very different sizes, so that a wrong scale shows."""
     generator = torch.Generator().manual_seed(n * 10007 + k * 101 + seed)
     blocks = torch.rand(-(-n // 128), -(-k // 128), generator=generator) * 3 + 0.1
@@ -48,7 +48,11 @@ def row_of(x: torch.Tensor | QuantizedRows, row: int) -> torch.Tensor | Quantize
 
 
 def reference(
-    x: torch.Tensor | QuantizedRows, rows: list[int], slots: list[int], by_slot: dict[int, Weight], dtype: torch.dtype
+    x: torch.Tensor | QuantizedRows,
+    rows: list[int],
+    slots: list[int],
+    by_slot: dict[int, StoredWeight],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """One pair at a time, in fp32."""
     outputs = []
@@ -67,7 +71,7 @@ def run(
     x: torch.Tensor | QuantizedRows,
     rows: list[int] | None,
     slots: list[int],
-    by_slot: dict[int, Weight],
+    by_slot: dict[int, StoredWeight],
     tile: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:

@@ -1,0 +1,185 @@
+"""The native library: found beside this module, loaded once, its C interface described for ctypes.
+
+It is built when the package is installed (`ext-modules` in pyproject.toml) and has no part of torch or Python in it. Where no
+compiler was there, the package installs without it, and `native()` says so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import threading
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from typing import Any
+
+logger = logging.getLogger("moray.kernels")
+
+SPIN_US = 20
+"""How long an idle compute thread looks for work before it sleeps: most of the time between two calls of one step, and little
+of what another process on the same cores would have to wait."""
+
+
+class Instructions(IntEnum):
+    """Which instructions the kernels use; a better one has a higher number."""
+
+    GENERIC = 1
+    AVX2 = 2
+    AVX512_BF16 = 3
+
+
+class Matrix(Structure):
+    """`moray_matrix`."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_int32),
+        ("cols", c_int32),
+        ("kind", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Mlp(Structure):
+    """`moray_mlp`."""
+
+    _fields_ = [("gate_up", Matrix), ("down", Matrix)]
+
+
+class Layer(Structure):
+    """`moray_layer`."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "heads", "nope", "rope", "value", "q_rank", "kv_rank")),
+        *((name, c_int32) for name in ("experts", "top_k", "groups", "kept_groups", "softmax", "normalise")),
+        *((name, c_float) for name in ("eps", "softmax_scale", "routed_scale")),
+        *((name, c_void_p) for name in ("attention_norm", "q_norm", "kv_norm", "feed_forward_norm")),
+        *((name, Matrix) for name in ("q_a", "q_b", "kv_a", "o", "gate")),
+        ("gate_bias", c_void_p),
+        ("key_up", POINTER(Matrix)),
+        ("value_up", POINTER(Matrix)),
+    ]
+
+
+class Batch(Structure):
+    """`moray_batch`."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("tokens", "segments", "page_size", "row")),
+        *((name, c_void_p) for name in ("segment", "tables", "cache_rows", "rotation")),
+    ]
+
+
+class NativeLibrary:
+    """The functions of `moray_cpu.h`. Pointers are plain integers, as `Tensor.data_ptr` gives them.
+
+    ctypes releases the interpreter's lock while one runs.
+    """
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        self.path = path
+        self._best = _function(library, "moray_cpu_best", c_int)
+        self._use = _function(library, "moray_cpu_use", c_int, c_int)
+        self._used = _function(library, "moray_cpu_used", c_int)
+        self._set_threads = _function(library, "moray_set_threads", c_int, c_int, c_int)
+        self._threads = _function(library, "moray_threads", c_int)
+        self.packed_bytes = _function(library, "moray_packed_bytes", c_int64, c_int32, c_int32, c_int32)
+        self.pack = _function(
+            library, "moray_pack", None, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p
+        )  # source, stride, rows, columns, kind, packed
+        self.linear = _function(library, "moray_linear", None, c_void_p, c_int32, c_void_p, c_void_p, c_int)
+        self.swiglu = _function(library, "moray_swiglu", None, c_void_p, c_int32, c_void_p, c_void_p)
+        self.grouped_mlp = _function(
+            library,
+            "moray_grouped_mlp",
+            c_int,
+            *(c_void_p, c_int32, c_void_p, c_void_p, c_int32),  # hidden states, tokens, rows, slots, pairs
+            *(c_void_p, c_int32, c_void_p),  # MLPs, slots, out
+        )
+        self.attention = _function(library, "moray_attention", None, *(c_void_p,) * 7)
+        self.add = _function(library, "moray_add", None, c_void_p, c_void_p, c_void_p, c_int64)
+        self.combine = _function(
+            library, "moray_combine", None, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p
+        )
+        self.use(self.best)
+
+    @property
+    def best(self) -> Instructions:
+        """The best that this machine has."""
+        return Instructions(self._best())
+
+    @property
+    def used(self) -> Instructions:
+        """What the kernels use now."""
+        return Instructions(self._used())
+
+    def use(self, instructions: Instructions) -> None:
+        """Use these instructions from now on: for tests and measurements, the best are chosen by themselves.
+
+        Raises:
+            ValueError: this machine does not have them.
+        """
+        if self._use(int(instructions)):
+            raise ValueError(f"{instructions.name}: this machine's best are {self.best.name}")
+
+    @property
+    def threads(self) -> int:
+        """Threads that a call uses."""
+        threads: int = self._threads()
+        return threads
+
+    def set_threads(self, threads: int, *, spin_us: int = SPIN_US) -> None:
+        """Use so many threads in each call from now on.
+
+        Raises:
+            ValueError: not 1 to 256 threads, or a spin that is negative or longer than a second.
+        """
+        if self._set_threads(threads, spin_us):
+            raise ValueError(f"{threads} threads that spin for {spin_us} us: must be 1 to 256, and 0 to 1000000")
+
+
+def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+    function = library[name]
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+_lock = threading.Lock()
+
+
+def native() -> NativeLibrary | None:
+    """The library, or None where the package was installed without it, which is said once."""
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> NativeLibrary | None:
+    found = importlib.util.find_spec("._native", __package__)
+    if found is None or found.origin is None:
+        logger.warning(
+            "event=no_native_kernels: Moray was installed without its CPU kernels, since there was no C++ compiler; "
+            "torch computes instead, several times slower. Install a compiler (g++ or clang++), then Moray again."
+        )
+        return None
+    return NativeLibrary(found.origin)
+
+
+def set_threads(threads: int) -> None:
+    """Have the kernels, if there are any, and torch use so many threads in each call."""
+    import torch  # which the rest of this module does without: a process that only asks what is here need not load it
+
+    torch.set_num_threads(threads)
+    if (library := native()) is not None:
+        library.set_threads(threads)
+
+
+def loaded() -> NativeLibrary:
+    """The library, for whoever has packed weights, which nobody has without it."""
+    library = native()
+    assert library is not None, "packed weights without the library that packs them"
+    return library

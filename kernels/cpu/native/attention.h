@@ -1,0 +1,182 @@
+// Absorbed multi-head latent attention over pages (DeepSeek-V2 report, section 2.1, arXiv:2405.04434), by online softmax
+// (Milakov and Gimelshein, 2018, arXiv:1805.02867) over blocks of 32 keys.
+//
+// A row is one head of one query. Blocks begin at multiples of 32 positions, so what a row adds up, and in which order,
+// depends on its own position alone; a block that a row sees nothing of changes no bit of it. Keys and values of a block are
+// packed once, like weights, for all rows that one piece of work has: up to 8 queries of a sequence times its heads.
+#ifndef MORAY_ATTENTION_H
+#define MORAY_ATTENTION_H
+
+#include "gemm.h"
+
+namespace {
+
+constexpr int KEYS = 32;
+constexpr int QUERIES = 8;      // queries of a sequence that share a pass over its keys
+constexpr int MOST_HEADS = 16;  // heads that do: 128 rows, whose sums of 512 fp32 fit the second cache
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#endif
+
+// Sixteen vectors of sixteen words become their columns, in four rounds of exchanging blocks of 1, 2, 4 and 8.
+INLINE void transpose(Ints *v) {
+#define EXCHANGE(W, LOW, HIGH)                   \
+    for (int i = 0; i < 16; i++) {               \
+        if (i & W) continue;                     \
+        const Ints a = v[i], b = v[i + W];       \
+        v[i] = SHUFFLE(a, b, LOW);               \
+        v[i + W] = SHUFFLE(a, b, HIGH);          \
+    }
+#define LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#pragma GCC unroll 16
+    EXCHANGE(1, LOW1, HIGH1)
+#pragma GCC unroll 16
+    EXCHANGE(2, LOW2, HIGH2)
+#pragma GCC unroll 16
+    EXCHANGE(4, LOW4, HIGH4)
+#pragma GCC unroll 16
+    EXCHANGE(8, LOW8, HIGH8)
+#undef EXCHANGE
+}
+
+// Sixteen rows (NULL: zeros) of `width` bf16, an even number, as one tile [width / 2, 16, 2].
+INLINE void pack_keys(const bf16 *const *rows, int width, uint8_t *packed) {
+    int column = 0;
+    for (; column + 32 <= width; column += 32) {
+        Ints v[16];
+        for (int r = 0; r < 16; r++) v[r] = rows[r] ? load_words(rows[r] + column) : (Ints){};
+        transpose(v);
+        for (int i = 0; i < 16; i++) store_words(packed + (column / 2 + i) * 64, v[i]);
+    }
+    for (; column < width; column += 2)
+        for (int r = 0; r < 16; r++) {
+            const int32_t zero = 0;
+            memcpy(packed + column * 32 + r * 4, rows[r] ? static_cast<const void *>(rows[r] + column) : &zero, 4);
+        }
+}
+
+// 32 rows (NULL: zeros), their first `width` columns as tiles [width / 16, 16, 16, 2]: pairs of rows.
+INLINE void pack_values(const bf16 *const *rows, int width, uint8_t *packed) {
+    const bf16 nothing[16] = {};
+    for (int p = 0; p < KEYS / 2; p++)
+        for (int column = 0; column < width; column += 16) {
+            const Ints even = as_ints(widen16(rows[2 * p] ? rows[2 * p] + column : nothing));
+            const Ints odd = as_ints(widen16(rows[2 * p + 1] ? rows[2 * p + 1] + column : nothing));
+            const Ints low = (even >> 16) & 0xFFFF;
+            store_words(packed + (column / 16 * (KEYS / 2) + p) * 64, low | odd);
+        }
+}
+
+// One piece of work: queries and heads of one sequence.
+struct Piece {
+    int segment, first_query, queries, first_head, heads;
+};
+
+struct AttentionJob {
+    const moray_layer *layer;
+    const moray_batch *batch;
+    const bf16 *queries;  // [tokens, heads, row], absorbed and rotated
+    const bf16 *cache;    // [pages, page_size, row]
+    bf16 *out;            // [tokens, heads, kv_rank]
+};
+
+static void attend(const AttentionJob &job, const Piece &piece) {
+    const moray_layer &layer = *job.layer;
+    const moray_batch &batch = *job.batch;
+    const int32_t *segment = batch.segment + 4 * piece.segment;
+    const int32_t *table = batch.tables + segment[3];
+    const int width = batch.row, value = layer.kv_rank;
+    const int rows = piece.queries * piece.heads;
+    const int first_position = segment[2] + piece.first_query;
+    const int last_position = first_position + piece.queries - 1;
+
+    const size_t key_bytes = static_cast<size_t>(KEYS) * width * 2, value_bytes = static_cast<size_t>(KEYS) * value * 2;
+    const size_t total_bytes = sizeof(float) * rows * value;
+    uint8_t *memory = static_cast<uint8_t *>(moray::scratch(
+        moray::ATTENTION, key_bytes + value_bytes + total_bytes + rows * (KEYS * 6 + 8) + 256));
+    uint8_t *keys = memory, *values = keys + key_bytes;
+    float *totals = reinterpret_cast<float *>(values + value_bytes);
+    float *scores = totals + static_cast<int64_t>(rows) * value;
+    bf16 *weights = reinterpret_cast<bf16 *>(scores + rows * KEYS);
+    float *peak = reinterpret_cast<float *>(weights + rows * KEYS), *mass = peak + rows;
+
+    const bf16 *query[QUERIES * MOST_HEADS], *weight[QUERIES * MOST_HEADS];
+    memset(totals, 0, total_bytes);
+    for (int q = 0; q < piece.queries; q++)
+        for (int h = 0; h < piece.heads; h++) {
+            const int r = q * piece.heads + h;
+            const int64_t token = segment[0] + piece.first_query + q;
+            query[r] = job.queries + (token * layer.heads + piece.first_head + h) * width;
+            weight[r] = weights + r * KEYS;
+            peak[r] = -INFINITY;
+            mass[r] = 0.0f;
+        }
+    Tiles key_tiles = {2, {keys, keys + static_cast<size_t>(TILE) * width * 2}, {nullptr, nullptr}};
+    const Floats scale = all(layer.softmax_scale);
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+    for (int key = 0; key <= last_position; key += KEYS) {
+        const bf16 *row[KEYS];
+        for (int i = 0; i < KEYS; i++) {
+            const int position = key + i;
+            // Rows past the last query may hold anything, NaN included: they are zeros here, and masked below.
+            row[i] = position > last_position ? nullptr
+                                              : job.cache + (static_cast<int64_t>(table[position / batch.page_size]) *
+                                                                 batch.page_size + position % batch.page_size) * width;
+        }
+        pack_keys(row, width, keys);
+        pack_keys(row + 16, width, keys + static_cast<size_t>(TILE) * width * 2);
+        pack_values(row, value, values);
+        memset(scores, 0, sizeof(float) * rows * KEYS);
+        multiply_rows<MORAY_BF16>(query, rows, key_tiles, 0, width, scores, KEYS);
+        for (int r = 0; r < rows; r++) {
+            const int seen = first_position + r / piece.heads - key + 1;  // keys of this block that the row sees
+            if (seen <= 0) {
+                memset(weights + r * KEYS, 0, sizeof(bf16) * KEYS);
+                continue;
+            }
+            Floats low = load(scores + r * KEYS) * scale, high = load(scores + r * KEYS + 16) * scale;
+            low = lane < seen ? low : all(-INFINITY);
+            high = lane + 16 < seen ? high : all(-INFINITY);
+            const float found = largest_of(larger(low, high)), old = peak[r];
+            const float now = found > old ? found : old;
+            low = exponential(low - all(now));
+            high = exponential(high - all(now));
+            if (now != old) {
+                float *total = totals + static_cast<int64_t>(r) * value;
+                const Floats fade = exponential(all(old - now));
+                mass[r] *= fade[0];
+                for (int c = 0; c < value; c += TILE) store(total + c, load(total + c) * fade);
+                peak[r] = now;
+            }
+            mass[r] += sum_of(low + high);
+            narrow16(weights + r * KEYS, low);
+            narrow16(weights + r * KEYS + 16, high);
+        }
+        for (int c = 0; c < value; c += GROUP * TILE) {
+            Tiles tiles = {0, {}, {}};
+            for (; tiles.count < GROUP && c + tiles.count * TILE < value; tiles.count++)
+                tiles.data[tiles.count] = values + static_cast<size_t>(c / TILE + tiles.count) * (KEYS / 2) * 64;
+            multiply_rows<MORAY_BF16>(weight, rows, tiles, 0, KEYS, totals + c, value);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        const int64_t token = segment[0] + piece.first_query + r / piece.heads;
+        bf16 *out = job.out + (token * layer.heads + piece.first_head + r % piece.heads) * value;
+        const Floats whole = all(mass[r]);
+        for (int c = 0; c < value; c += TILE) narrow16(out + c, load(totals + static_cast<int64_t>(r) * value + c) / whole);
+    }
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,10 @@
+// The table of one instruction set: included last by each isa_*.cpp, which names it.
+#include "kernels.h"
+#include "layer.h"
+#include "mlp.h"
+
+namespace {
+void prepare() { decoder.prepare(); }
+}  // namespace
+
+extern const moray::Kernels moray::MORAY_TABLE = {prepare, linear_rows, swiglu, grouped_mlp, attention, add, combine};
