@@ -333,7 +333,7 @@ def ask(controller: Controller, at: Callable[[int], None] = lambda tokens: None)
         outputs = []
         async for output in client.generate(GenerateRequest("r", PROMPT, SamplingParams(40, temperature=0.0))):
             outputs.append(output)
-            await asyncio.to_thread(at, len(outputs))
+            await asyncio.to_thread(at, len(tokens(outputs)))
         await client.aclose()
         return outputs
 
