@@ -41,6 +41,7 @@ from .assembly import (
     served_model,
 )
 from .placement import first_placement
+from .threads import given_threads, threads_here
 
 _THOUGHT_TAIL = 16
 """Tokens at the end of a prompt in which an opened thought is looked for: the tag and the newlines after it."""
@@ -60,7 +61,8 @@ class LocalCluster:
         settings = router_settings(deployment, self.config)
         self.model = served_model(deployment, self.config)
         computing = compute(deployment, gpus=gpus)
-        set_threads(deployment.routers.cpus)
+        routers = deployment.routers
+        set_threads(threads_here(given_threads(routers.threads, routers.cpus, computing), 1))
         self.table = first_placement(self.config, deployment.experts)
         self.hosts: list[ExpertHost] = []
         self._bytes_read: dict[str, BytesRead] = {}

@@ -23,6 +23,7 @@ from ..configs.errors import ClusterError
 from ..model.compute import Compute
 from .assembly import compute, host_compute, host_names, router_name
 from .handles import ATTACH_TIMEOUT_S, ExpertHostHandle, RouterHandle, free_resources
+from .threads import given_threads, most_on_a_node
 from .workers import ExpertHostWorker, RouterWorker, described_compute
 
 logger = logging.getLogger("moray.controller")
@@ -197,12 +198,15 @@ class Spawner:
         section = deployment.experts.cold if is_cold(label) else deployment.experts
         computing = host_compute(deployment, label, gpus=self.gpus(deployment))
         name, options = self._options(label, section, computing)
+        experts = deployment.experts
+        together = experts.hosts + experts.cold.hosts if self._compute(deployment).packed else experts.cold.hosts
         actor = (
             ray.remote(ExpertHostWorker)
             .options(**options)
             .remote(
                 described_compute(computing),
-                threads=section.cpus,
+                threads=given_threads(section.threads, section.cpus, computing),
+                alike=most_on_a_node(together, section.resources, _nodes()),
                 lease_s=deployment.supervision.lease_s,
                 gently=gently,
                 model=deployment.model,
@@ -212,14 +216,15 @@ class Spawner:
         return ExpertHostHandle(name, actor, self._watcher)
 
     def _router_actor(self, router_id: str, deployment: Deployment, *, gently: bool) -> tuple[str, Any]:
-        section = deployment.routers
-        name, options = self._options(router_id, section, self._compute(deployment))
+        section, computing = deployment.routers, self._compute(deployment)
+        name, options = self._options(router_id, section, computing)
         actor = (
             ray.remote(RouterWorker)
             .options(**options)
             .remote(
                 router_id,
-                threads=section.cpus,
+                threads=given_threads(section.threads, section.cpus, computing),
+                alike=most_on_a_node(section.replicas, section.resources, _nodes()),
                 lease_s=deployment.supervision.lease_s,
                 gently=gently,
                 model=deployment.model,
@@ -312,6 +317,11 @@ def _ask_ray_for(bundles: list[dict[str, float]]) -> None:
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=bundles)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node that is alive has of every resource."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _free_of_nodes() -> list[dict[str, float]]:

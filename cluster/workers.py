@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..actors.background import run_in_background
 from .node_weights import Fetching, NodeWeights
+from .threads import threads_here
 
 if TYPE_CHECKING:
     from ..actors.links import LinkAddress, LinkKind
@@ -108,7 +109,7 @@ class ExpertHostWorker(_Worker):
 
     Args:
         compute: where and in what the experts compute.
-        threads: compute threads.
+        threads, alike: compute threads, and where that is None, how many such hosts share the node's cores.
         gently: come up and load in a thread of little weight.
         model, weights_dir: of the deployment. One that comes up gently warms up for it, and has it fetched if it is not here,
             before it is asked to load anything.
@@ -118,11 +119,12 @@ class ExpertHostWorker(_Worker):
         self,
         compute: Mapping[str, Any],
         *,
-        threads: int,
+        threads: int | None,
         lease_s: float,
         gently: bool,
         model: str,
         weights_dir: str | None,
+        alike: int = 1,
     ) -> None:
         self._stopping = threading.Event()
         super().__init__(lease_s)
@@ -130,7 +132,7 @@ class ExpertHostWorker(_Worker):
         self._weights = NodeWeights(model, weights_dir)
         self._loads = False
         here = self._weights.path_if_here() if gently else None
-        self._host: FaultPoints = _started(lambda: _expert_host(compute, threads, here), gently)
+        self._host: FaultPoints = _started(lambda: _expert_host(compute, threads_here(threads, alike), here), gently)
         from ..model.progress import CountingProgress
 
         self._progress = CountingProgress()
@@ -212,19 +214,27 @@ class RouterWorker(_Worker):
 
     Args:
         router_id: its id.
-        threads: compute threads.
+        threads, alike: compute threads, and where that is None, how many routers share the node's cores.
         gently: come up in a thread of little weight.
         model, weights_dir: of the deployment.
     """
 
     def __init__(
-        self, router_id: str, *, threads: int, lease_s: float, gently: bool, model: str, weights_dir: str | None
+        self,
+        router_id: str,
+        *,
+        threads: int | None,
+        lease_s: float,
+        gently: bool,
+        model: str,
+        weights_dir: str | None,
+        alike: int = 1,
     ) -> None:
         self._stopping = threading.Event()
         super().__init__(lease_s)
         self._weights = NodeWeights(model, weights_dir)
         self._router_id = router_id
-        self._threads = threads
+        self._threads = threads_here(threads, alike)
         self._router: RouterProcess | None = None
         self._make = _started(_router_process, gently)
         from ..model.progress import CountingProgress

@@ -66,7 +66,9 @@ class ColdHosts(Section):
         hosts: how many; their ids are `cold-host-0` and so on.
         max_hosts: as `experts.max_hosts`.
         slots: experts of each layer that each of them holds, and the other hosts need not. None: as many as any other host.
-        cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        cpus: logical CPUs that Ray reserves for each.
+        threads: compute threads of each. None: `cpus`; but where the native CPU kernels compute and `cpus` is 1, all processes
+            of one kind on a node share its cores.
         dtype, fp8: as those of the deployment, for these hosts. `auto` is the deployment's own, as far as that is for CPUs.
             Where these hosts do not compute as the others do, the bits of an answer depend on which experts they hold.
         resources: see `Resources`.
@@ -76,6 +78,7 @@ class ColdHosts(Section):
     max_hosts: int = Field(default=4, ge=1)
     slots: int | None = Field(default=None, ge=1)
     cpus: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     fp8: Literal["auto", "keep", "decode"] = "auto"
     resources: Resources = Field(default_factory=dict)
@@ -95,7 +98,9 @@ class ExpertHosts(Section):
             added; each reserves what a host does.
         copy_weights: have a host that needs experts take them from hosts that hold them, beside reading the disk:
             whichever is faster gives more.
-        cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        cpus: logical CPUs that Ray reserves for each.
+        threads: compute threads of each. None: `cpus`; but where the native CPU kernels compute and `cpus` is 1, all processes
+            of one kind on a node share its cores.
         gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
         resources: see `Resources`.
         reply_timeout_s: a host that is silent for so long with work in hand is taken for dead.
@@ -109,6 +114,7 @@ class ExpertHosts(Section):
     standby: int = Field(default=0, ge=0)
     copy_weights: bool = True
     cpus: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     gpus: float = Field(default=1.0, gt=0)
     resources: Resources = Field(default_factory=dict)
     reply_timeout_s: float = Field(default=10.0, gt=0)
@@ -121,7 +127,9 @@ class Routers(Section):
     Attributes:
         replicas: how many; requests are spread over them.
         max_replicas: how many `moray scale` can go to on a cluster that `moray serve` starts itself, as `experts.max_hosts`.
-        cpus: logical CPUs that Ray reserves for each; also its number of compute threads.
+        cpus: logical CPUs that Ray reserves for each.
+        threads: compute threads of each. None: `cpus`; but where the native CPU kernels compute and `cpus` is 1, all processes
+            of one kind on a node share its cores.
         gpus: GPUs that Ray reserves for each where `device` is cuda; a fraction lets several share one.
         resources: see `Resources`.
         page_size: positions in one KV page.
@@ -149,6 +157,7 @@ class Routers(Section):
     replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=4, ge=1)
     cpus: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     gpus: float = Field(default=1.0, gt=0)
     resources: Resources = Field(default_factory=dict)
     page_size: int = Field(default=32, ge=1)

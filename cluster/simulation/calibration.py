@@ -22,6 +22,7 @@ from ...configs.deployment import Deployment
 from ...configs.errors import ConfigError
 from ...kernels.cpu.library import set_threads
 from ..assembly import checkpoint_path, compute, router_settings
+from ..threads import given_threads, threads_here
 from .cpu_costs import Calibration, CpuConstants, CpuCosts, Machine
 from .parts_timing import Parts, Sample, layer_samples, link_samples, shared_samples, step_samples
 
@@ -89,9 +90,10 @@ def calibrate(deployment: Deployment, idle: ServedRun, runs: Sequence[ServedRun]
         idle: a run without requests.
         runs: with requests, of more kinds than one.
     """
-    set_threads(deployment.routers.cpus)
+    routers, computing = deployment.routers, compute(deployment, gpus=0)
+    set_threads(threads_here(given_threads(routers.threads, routers.cpus, computing), routers.replicas))
     path = checkpoint_path(deployment.model)
-    parts = Parts.load(path, compute(deployment, gpus=0), lambda config: router_settings(deployment, config))
+    parts = Parts.load(path, computing, lambda config: router_settings(deployment, config))
     alone, missed = _alone(parts)
     constants, missed_served = served_constants(alone, parts, idle, runs)
     return Calibration(constants, machine(deployment.model), missed | missed_served)
