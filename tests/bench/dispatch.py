@@ -41,6 +41,7 @@ from moray.actors.expert_host import ExpertHost
 from moray.actors.links import LinkAddress, dial
 from moray.actors.placement_table import PlacementTable
 from moray.kernels.combine import combine_reference
+from moray.kernels.cpu.library import set_threads
 from moray.kernels.experts import MlpWeights
 from moray.model.compute import Compute
 
@@ -53,7 +54,7 @@ _DOORBELL = struct.Struct("<QQ")
 
 def serve(index: int, hidden: int, threads: int) -> None:
     """The process of an expert host whose experts do nothing but copy."""
-    torch.set_num_threads(threads)
+    set_threads(threads)
 
     def copied(x: torch.Tensor, rows: torch.Tensor, *_: object, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
@@ -263,7 +264,7 @@ def main() -> None:
     if arguments.raw is not None:
         return serve_raw(*arguments.raw)
 
-    torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     with (
         torch.inference_mode(),
         dispatching(arguments.hidden, arguments.host_threads) as (dispatch, pids),
