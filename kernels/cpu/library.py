@@ -17,9 +17,9 @@ from typing import Any
 
 logger = logging.getLogger("moray.kernels")
 
-SPIN_US = 20
-"""How long an idle compute thread looks for work before it sleeps: most of the time between two calls of one step, and little
-of what another process on the same cores would have to wait."""
+SPIN_US = 300
+"""How long an idle compute thread looks for work before it sleeps, giving its core to whoever else wants it: the time between
+two calls of one step. A thread that sleeps takes up to 0.5 ms to come back on a virtual machine, as long as a layer."""
 
 
 class Instructions(IntEnum):

@@ -205,15 +205,16 @@ INLINE void keep_bf16(bf16 *to, const float *from, int count) {
     for (; i < count; i++) to[i] = narrow(from[i]);
 }
 
-// out [rows, m.rows] = x [rows, stride] times m, the region's threads taking groups of tiles in turn.
+// out [rows, m.rows] = x [rows, stride] times m, the region's threads taking groups of tiles in turn; groups_in(m) pieces.
 INLINE void linear(const moray_matrix &m, const bf16 *x, int64_t x_stride, int rows, bf16 *out, int64_t out_stride,
-                   int32_t *counter) {
-    for (int group; (group = moray::next(counter)) < groups_in(m);)
+                   moray::Stage &stage) {
+    moray::share(stage, groups_in(m), [&](int group) {
         multiply_group(
             m, group, rows, [&](int r) { return x + r * x_stride; },
             [&](int r, int first, int outputs, const float *totals) {
                 keep_bf16(out + r * out_stride + first, totals, outputs);
             });
+    });
 }
 
 }  // namespace

@@ -16,13 +16,14 @@ struct Packing {
     int64_t stride;
     int32_t rows, cols, kind;
     uint8_t *packed;
-    int32_t tile;
+    moray::Stage tiles;
 };
 
-void pack_task(void *argument, int, int) {
+void pack_task(void *argument) {
     Packing &job = *static_cast<Packing *>(argument);
     const int size = bytes_of(job.kind), step = 4 / size;
-    for (int tile; (tile = moray::next(&job.tile)) < (job.rows + 15) / 16;) {
+    const int tiles = (job.rows + 15) / 16;
+    moray::share(job.tiles, tiles, [&](int tile) {
         uint8_t *to = job.packed + static_cast<int64_t>(tile) * 16 * job.cols * size;
         const int rows = job.rows - tile * 16 < 16 ? job.rows - tile * 16 : 16;
         for (int row = 0; row < 16; row++) {
@@ -40,7 +41,8 @@ void pack_task(void *argument, int, int) {
                 }
             }
         }
-    }
+    });
+    moray::wait_for(job.tiles, tiles);
 }
 
 }  // namespace
@@ -78,7 +80,7 @@ int64_t moray_packed_bytes(int32_t rows, int32_t cols, int32_t kind) {
 }
 
 void moray_pack(const void *source, int64_t stride, int32_t rows, int32_t cols, int32_t kind, void *packed) {
-    Packing job = {static_cast<const uint8_t *>(source), stride, rows, cols, kind, static_cast<uint8_t *>(packed), 0};
+    Packing job = {static_cast<const uint8_t *>(source), stride, rows, cols, kind, static_cast<uint8_t *>(packed), {}};
     moray::run(pack_task, &job);
 }
 

@@ -106,29 +106,30 @@ struct LayerJob {
     float *logits;
     const Piece *pieces;
     int piece_count;
-    int32_t counter[12];
+    moray::Stage stages[12];
 };
 
-static void layer_task(void *argument, int, int threads) {
+static void layer_task(void *argument) {
     LayerJob &job = *static_cast<LayerJob *>(argument);
     const moray_layer &l = *job.layer;
     const moray_batch &b = *job.batch;
     const int tokens = b.tokens, head_width = l.nope + l.rope;
-    const int64_t q_width = static_cast<int64_t>(l.heads) * head_width, row = b.row;
-    int32_t *counter = job.counter;
+    const int64_t hidden_size = l.hidden, q_width = static_cast<int64_t>(l.heads) * head_width, row = b.row;
+    moray::Stage *stage = job.stages;
 
-    for (int t; (t = moray::next(counter)) < tokens;)
-        rms_norm(job.hidden + static_cast<int64_t>(t) * l.hidden, l.attention_norm, l.hidden, l.eps,
-                 job.x + static_cast<int64_t>(t) * l.hidden);
-    moray::barrier(threads);
+    moray::share(stage[0], tokens, [&](int t) {
+        rms_norm(job.hidden + t * hidden_size, l.attention_norm, l.hidden, l.eps, job.x + t * hidden_size);
+    });
+    moray::wait_for(stage[0], tokens);
 
     // What reads x: the queries, or what they are compressed to, and the latents.
     const moray_matrix &first = l.q_rank ? l.q_a : l.q_b;
-    linear(first, job.x, l.hidden, tokens, l.q_rank ? job.q_low : job.q, first.rows, counter + 1);
-    linear(l.kv_a, job.x, l.hidden, tokens, job.latent, row, counter + 2);
-    moray::barrier(threads);
+    linear(first, job.x, l.hidden, tokens, l.q_rank ? job.q_low : job.q, first.rows, stage[1]);
+    linear(l.kv_a, job.x, l.hidden, tokens, job.latent, row, stage[2]);
+    moray::wait_for(stage[1], groups_in(first));
+    moray::wait_for(stage[2], groups_in(l.kv_a));
 
-    for (int t; (t = moray::next(counter + 3)) < tokens;) {
+    moray::share(stage[3], tokens, [&](int t) {
         if (l.q_rank) {
             bf16 *low = job.q_low + static_cast<int64_t>(t) * l.q_rank;
             rms_norm(low, l.q_norm, l.q_rank, l.eps, low);
@@ -137,16 +138,16 @@ static void layer_task(void *argument, int, int threads) {
         bf16 *cached = job.cache + b.cache_rows[t] * row;
         rms_norm(latent, l.kv_norm, l.kv_rank, l.eps, cached);
         rotate(latent + l.kv_rank, b.rotation + static_cast<int64_t>(t) * l.rope, l.rope, cached + l.kv_rank);
-    }
-    moray::barrier(threads);
+    });
+    moray::wait_for(stage[3], tokens);
 
     if (l.q_rank) {
-        linear(l.q_b, job.q_low, l.q_rank, tokens, job.q, q_width, counter + 4);
-        moray::barrier(threads);
+        linear(l.q_b, job.q_low, l.q_rank, tokens, job.q, q_width, stage[4]);
+        moray::wait_for(stage[4], groups_in(l.q_b));
     }
 
     const int absorbing = groups_in(l.key_up[0]);
-    for (int piece; (piece = moray::next(counter + 5)) < l.heads * absorbing;) {
+    moray::share(stage[5], l.heads * absorbing, [&](int piece) {
         const int head = piece / absorbing;
         const bf16 *q = job.q + static_cast<int64_t>(head) * head_width;
         bf16 *to = job.queries + head * row;
@@ -159,16 +160,17 @@ static void layer_task(void *argument, int, int threads) {
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(to + t * l.heads * row + at, totals, outputs);
             });
-    }
-    moray::barrier(threads);
+    });
+    moray::wait_for(stage[5], l.heads * absorbing);
 
     const AttentionJob attention = {&l, &b, job.queries, job.cache, job.attended};
-    for (int piece; (piece = moray::next(counter + 6)) < job.piece_count;) attend(attention, job.pieces[piece]);
-    moray::barrier(threads);
+    moray::share(stage[6], job.piece_count, [&](int piece) { attend(attention, job.pieces[piece]); });
+    moray::wait_for(stage[6], job.piece_count);
 
     const int raising = groups_in(l.value_up[0]);
-    const int64_t attended_width = static_cast<int64_t>(l.heads) * l.kv_rank, context_width = static_cast<int64_t>(l.heads) * l.value;
-    for (int piece; (piece = moray::next(counter + 7)) < l.heads * raising;) {
+    const int64_t attended_width = static_cast<int64_t>(l.heads) * l.kv_rank;
+    const int64_t context_width = static_cast<int64_t>(l.heads) * l.value;
+    moray::share(stage[7], l.heads * raising, [&](int piece) {
         const int head = piece / raising;
         multiply_group(
             l.value_up[head], piece % raising, tokens,
@@ -176,36 +178,39 @@ static void layer_task(void *argument, int, int threads) {
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(job.context + t * context_width + head * l.value + at, totals, outputs);
             });
-    }
-    moray::barrier(threads);
+    });
+    moray::wait_for(stage[7], l.heads * raising);
 
-    linear(l.o, job.context, context_width, tokens, job.out, l.hidden, counter + 8);
-    moray::barrier(threads);
+    linear(l.o, job.context, context_width, tokens, job.out, l.hidden, stage[8]);
+    moray::wait_for(stage[8], groups_in(l.o));
 
-    for (int t; (t = moray::next(counter + 9)) < tokens;) {
-        bf16 *hidden = job.hidden + static_cast<int64_t>(t) * l.hidden;
-        const bf16 *out = job.out + static_cast<int64_t>(t) * l.hidden;
+    moray::share(stage[9], tokens, [&](int t) {
+        bf16 *hidden = job.hidden + t * hidden_size;
+        const bf16 *out = job.out + t * hidden_size;
         int i = 0;
         for (; i + TILE <= l.hidden; i += TILE) narrow16(hidden + i, widen16(hidden + i) + widen16(out + i));
         for (; i < l.hidden; i++) hidden[i] = narrow(widen(hidden[i]) + widen(out[i]));
-        rms_norm(hidden, l.feed_forward_norm, l.hidden, l.eps, job.normed + static_cast<int64_t>(t) * l.hidden);
-    }
+        rms_norm(hidden, l.feed_forward_norm, l.hidden, l.eps, job.normed + t * hidden_size);
+    });
+    moray::wait_for(stage[9], tokens);
     if (!l.experts) return;
-    moray::barrier(threads);
 
-    for (int group; (group = moray::next(counter + 10)) < groups_in(l.gate);)
+    moray::share(stage[10], groups_in(l.gate), [&](int group) {
         multiply_group(
-            l.gate, group, tokens, [&](int t) { return job.normed + static_cast<int64_t>(t) * l.hidden; },
+            l.gate, group, tokens, [&](int t) { return job.normed + t * hidden_size; },
             [&](int t, int at, int outputs, const float *totals) {
                 memcpy(job.logits + static_cast<int64_t>(t) * l.experts + at, totals, sizeof(float) * outputs);
             });
-    moray::barrier(threads);
+    });
+    moray::wait_for(stage[10], groups_in(l.gate));
 
     float *room = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * 4 * l.experts));
-    for (int t; (t = moray::next(counter + 11)) < tokens;)
+    moray::share(stage[11], tokens, [&](int t) {
         select_experts(l, job.logits + static_cast<int64_t>(t) * l.experts, room, room + l.experts,
                        reinterpret_cast<uint8_t *>(room + 2 * l.experts), job.topk_ids + static_cast<int64_t>(t) * l.top_k,
                        job.topk_weights + static_cast<int64_t>(t) * l.top_k);
+    });
+    moray::wait_for(stage[11], tokens);
 }
 
 // Pieces of about equal size, so many that every thread gets some.
@@ -259,23 +264,29 @@ struct LinearJob {
     const moray_matrix *matrix;
     void *out;
     int out_f32;
-    int32_t counter;
+    moray::Stage groups;
 };
 
-static void linear_task(void *argument, int, int) {
+static void linear_task(void *argument) {
     LinearJob &job = *static_cast<LinearJob *>(argument);
     const moray_matrix &m = *job.matrix;
-    if (!job.out_f32) return linear(m, job.x, m.cols, job.tokens, static_cast<bf16 *>(job.out), m.rows, &job.counter);
-    for (int group; (group = moray::next(&job.counter)) < groups_in(m);)
-        multiply_group(
-            m, group, job.tokens, [&](int t) { return job.x + static_cast<int64_t>(t) * m.cols; },
-            [&](int t, int at, int outputs, const float *totals) {
-                memcpy(static_cast<float *>(job.out) + static_cast<int64_t>(t) * m.rows + at, totals, sizeof(float) * outputs);
-            });
+    if (job.out_f32) {
+        moray::share(job.groups, groups_in(m), [&](int group) {
+            multiply_group(
+                m, group, job.tokens, [&](int t) { return job.x + static_cast<int64_t>(t) * m.cols; },
+                [&](int t, int at, int outputs, const float *totals) {
+                    float *out = static_cast<float *>(job.out) + static_cast<int64_t>(t) * m.rows;
+                    memcpy(out + at, totals, sizeof(float) * outputs);
+                });
+        });
+    } else {
+        linear(m, job.x, m.cols, job.tokens, static_cast<bf16 *>(job.out), m.rows, job.groups);
+    }
+    moray::wait_for(job.groups, groups_in(m));
 }
 
 static void linear_rows(const bf16 *x, int32_t tokens, const moray_matrix *matrix, void *out, int out_f32) {
-    LinearJob job = {x, tokens, matrix, out, out_f32, 0};
+    LinearJob job = {x, tokens, matrix, out, out_f32, {}};
     moray::run(linear_task, &job);
 }
 
@@ -300,12 +311,12 @@ struct CombineJob {
     const float *weights;
     int32_t tokens, top_k, width;
     float *out;
-    int32_t counter;
+    moray::Stage rows;
 };
 
-static void combine_task(void *argument, int, int) {
+static void combine_task(void *argument) {
     CombineJob &job = *static_cast<CombineJob *>(argument);
-    for (int t; (t = moray::next(&job.counter)) < job.tokens;) {
+    moray::share(job.rows, job.tokens, [&](int t) {
         const bf16 *const *outputs = job.outputs + static_cast<int64_t>(t) * job.top_k;
         const float *weights = job.weights + static_cast<int64_t>(t) * job.top_k;
         float *out = job.out + static_cast<int64_t>(t) * job.width;
@@ -320,13 +331,14 @@ static void combine_task(void *argument, int, int) {
             for (int k = 1; k < job.top_k; k++) total = total + widen(outputs[k][i]) * weights[k];
             out[i] = total;
         }
-    }
+    });
+    moray::wait_for(job.rows, job.tokens);
 }
 
 static void combine(const bf16 *const *outputs, const float *weights, int32_t tokens, int32_t top_k, int32_t width, float *out) {
-    CombineJob job = {outputs, weights, tokens, top_k, width, out, 0};
+    CombineJob job = {outputs, weights, tokens, top_k, width, out, {}};
     if (static_cast<int64_t>(tokens) * top_k * width < 1 << 17)  // less than a wake-up costs
-        combine_task(&job, 0, 1);
+        combine_task(&job);
     else
         moray::run(combine_task, &job);
 }

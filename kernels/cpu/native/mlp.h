@@ -50,32 +50,32 @@ struct GroupedMlp {
     int count;
     bf16 *middle;
     bf16 *out;
-    int32_t next_middle, next_out;
+    moray::Stage middles, outs;
 };
 
 // Pieces of work are numbered run after run, so that threads read one matrix after the other.
-static void grouped_mlp_task(void *argument, int, int threads) {
+static void grouped_mlp_task(void *argument) {
     GroupedMlp &job = *static_cast<GroupedMlp *>(argument);
-    if (job.count == 0) return;
     const moray_mlp &shape = *job.runs[0].mlp;
     const int64_t hidden = shape.down.rows, width = shape.down.cols;
     const int middles = (shape.gate_up.rows / 2 / TILE + HALF - 1) / HALF, outs = groups_in(shape.down);
-    for (int piece; (piece = moray::next(&job.next_middle)) < job.count * middles;) {
+    moray::share(job.middles, job.count * middles, [&](int piece) {
         const Run &run = job.runs[piece / middles];
         middle_group(
             run.mlp->gate_up, piece % middles, run.count,
             [&](int r) { return job.hidden_states + job.rows[run.begin + r] * hidden; },
             [&](int r) { return job.middle + (run.begin + r) * width; });
-    }
-    moray::barrier(threads);
-    for (int piece; (piece = moray::next(&job.next_out)) < job.count * outs;) {
+    });
+    moray::wait_for(job.middles, job.count * middles);
+    moray::share(job.outs, job.count * outs, [&](int piece) {
         const Run &run = job.runs[piece / outs];
         multiply_group(
             run.mlp->down, piece % outs, run.count, [&](int r) { return job.middle + (run.begin + r) * width; },
             [&](int r, int first, int outputs, const float *totals) {
                 keep_bf16(job.out + (run.begin + r) * hidden + first, totals, outputs);
             });
-    }
+    });
+    moray::wait_for(job.outs, job.count * outs);
 }
 
 static int grouped_mlp(const bf16 *hidden_states, int32_t tokens, const int32_t *rows, const int32_t *slots, int32_t pairs,
@@ -96,7 +96,7 @@ static int grouped_mlp(const bf16 *hidden_states, int32_t tokens, const int32_t 
         if (p == 0 || slots[p] != slots[p - 1]) table[++run] = {p, 0, mlps + slots[p]};
         table[run].count++;
     }
-    GroupedMlp job = {hidden_states, rows, table, runs, reinterpret_cast<bf16 *>(memory + run_bytes), out, 0, 0};
+    GroupedMlp job = {hidden_states, rows, table, runs, reinterpret_cast<bf16 *>(memory + run_bytes), out, {}, {}};
     moray::run(grouped_mlp_task, &job);
     return 0;
 }
@@ -107,20 +107,21 @@ struct Swiglu {
     const moray_mlp *mlp;
     bf16 *middle;
     float *out;
-    int32_t next_middle, next_out;
+    moray::Stage middles, outs;
 };
 
-static void swiglu_task(void *argument, int, int threads) {
+static void swiglu_task(void *argument) {
     Swiglu &job = *static_cast<Swiglu *>(argument);
     const moray_matrix &gate_up = job.mlp->gate_up, &down = job.mlp->down;
     const int64_t hidden = gate_up.cols, width = down.cols;
-    const int middles = (gate_up.rows / 2 / TILE + HALF - 1) / HALF;
-    for (int piece; (piece = moray::next(&job.next_middle)) < middles;)
+    const int middles = (gate_up.rows / 2 / TILE + HALF - 1) / HALF, outs = groups_in(down);
+    moray::share(job.middles, middles, [&](int piece) {
         middle_group(
             gate_up, piece, job.tokens, [&](int r) { return job.x + r * hidden; },
             [&](int r) { return job.middle + r * width; });
-    moray::barrier(threads);
-    for (int piece; (piece = moray::next(&job.next_out)) < groups_in(down);)
+    });
+    moray::wait_for(job.middles, middles);
+    moray::share(job.outs, outs, [&](int piece) {
         multiply_group(
             down, piece, job.tokens, [&](int r) { return job.middle + r * width; },
             [&](int r, int first, int outputs, const float *totals) {
@@ -128,11 +129,14 @@ static void swiglu_task(void *argument, int, int threads) {
                 float *to = job.out + static_cast<int64_t>(r) * down.rows + first;
                 for (int i = 0; i < outputs; i++) to[i] = widen(narrow(totals[i]));
             });
+    });
+    moray::wait_for(job.outs, outs);
 }
 
 static void swiglu(const bf16 *x, int32_t tokens, const moray_mlp *mlp, float *out) {
     bf16 *middle = static_cast<bf16 *>(moray::scratch(moray::SHARED, sizeof(bf16) * tokens * mlp->down.cols));
-    Swiglu job = {x, tokens, mlp, middle, out, 0, 0};
+    if (!tokens) return;
+    Swiglu job = {x, tokens, mlp, middle, out, {}, {}};
     moray::run(swiglu_task, &job);
 }
 

@@ -2,6 +2,7 @@
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -15,26 +16,23 @@ namespace moray {
 namespace {
 
 constexpr int MAX_THREADS = 256;
-constexpr int BARRIER_SPINS = 2000;  // a barrier between stages of a step is passed within microseconds, or a core is missing
+constexpr int STAGE_SPINS = 2000;  // the last pieces of a stage end within microseconds, or a core is missing
+constexpr int32_t OPEN = 1 << 30;
 
-std::atomic<uint32_t> started{0};  // counts regions; workers sleep on it
-std::atomic<int32_t> running{0};   // workers that have not ended the region; the caller sleeps on it
-std::atomic<int32_t> asleep{0};    // workers that sleep
-std::atomic<uint32_t> phase{0};    // counts barriers passed
-std::atomic<int32_t> arrived{0};
-std::atomic<int32_t> at_barrier{0};
+std::atomic<uint32_t> started{0};   // counts regions; workers sleep on it
+std::atomic<int32_t> inside{0};     // workers in the region, and OPEN while more may enter; the caller sleeps on it
+std::atomic<int32_t> asleep{0};     // workers that sleep
+std::atomic<int32_t> waiting{0};    // threads that sleep until a stage is done
 std::atomic<int32_t> caller_sleeps{0};
-std::atomic<int32_t> spin_ns{20000};
-
+std::atomic<int32_t> spin_ns{0};
 std::atomic<int> pool_threads{1};  // what calls use
 
 pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;  // whoever has it runs a region; guards the rest
 int made = 0;                                           // workers that exist
-uint32_t made_at[MAX_THREADS];                          // regions that were over when each worker was made
 pid_t made_by = 0;
 Task region_task;
 void *region_argument;
-int region_threads = 1;
+int region_workers = 0;  // how many of them may enter
 thread_local bool in_region = false;
 
 template <typename Word>
@@ -62,70 +60,73 @@ int64_t now_ns() {
 }
 
 void *work(void *number) {
-    const int thread = static_cast<int>(reinterpret_cast<intptr_t>(number));
-    uint32_t seen = made_at[thread];
+    const int worker = static_cast<int>(reinterpret_cast<intptr_t>(number));
     in_region = true;
+    uint32_t seen = started.load();
     for (;;) {
         const int64_t until = now_ns() + spin_ns.load(std::memory_order_relaxed);
-        while (started.load(std::memory_order_acquire) == seen && now_ns() < until)
-            for (int i = 0; i < 50; i++) pause_cpu();
+        while (started.load(std::memory_order_acquire) == seen && now_ns() < until) {
+            for (int i = 0; i < 20; i++) pause_cpu();
+            sched_yield();  // another process may need this core: it goes first
+        }
         while (started.load() == seen) {
             asleep.fetch_add(1);
             sleep_on(started, seen);
             asleep.fetch_sub(1);
         }
         seen = started.load();
-        if (thread < region_threads) region_task(region_argument, thread, region_threads);
-        if (running.fetch_sub(1) == 1 && caller_sleeps.load()) wake(running, 1);
+        int32_t there = inside.load();
+        while (there & OPEN && !inside.compare_exchange_weak(there, there + 1)) {
+        }
+        if (!(there & OPEN)) continue;  // too late
+        if (worker < region_workers) region_task(region_argument);
+        if (inside.fetch_sub(1) == 1 && caller_sleeps.load()) wake(inside, 1);
     }
     return nullptr;
 }
 
-// Makes the workers that are missing; with the lock held. How many threads there are then.
-int ready_threads() {
+// Makes the workers that are missing; with the lock held. How many there are then, at most as many as are wanted.
+int ready_workers() {
     if (made_by != getpid()) {  // after a fork there are none
         made = 0;
         made_by = getpid();
-        running = asleep = arrived = at_barrier = 0;
+        inside = asleep = waiting = caller_sleeps = 0;
     }
-    const int wanted = pool_threads;
-    while (made < wanted - 1) {
+    const int wanted = pool_threads - 1;
+    while (made < wanted) {
         pthread_t thread;
         pthread_attr_t attributes;
         pthread_attr_init(&attributes);
         pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        made_at[made + 1] = started;
-        const int failed = pthread_create(&thread, &attributes, work, reinterpret_cast<void *>(static_cast<intptr_t>(made + 1)));
+        const int failed = pthread_create(&thread, &attributes, work, reinterpret_cast<void *>(static_cast<intptr_t>(made)));
         pthread_attr_destroy(&attributes);
         if (failed) break;
         made++;
     }
-    return made + 1 < wanted ? made + 1 : wanted;
+    return made < wanted ? made : wanted;
 }
 
 }  // namespace
 
 void run(Task task, void *argument) {
-    if (in_region || pthread_mutex_trylock(&pool_lock) != 0) {
-        task(argument, 0, 1);
-        return;
-    }
-    const int threads = ready_threads();
+    if (in_region || pthread_mutex_trylock(&pool_lock) != 0) return task(argument);
+    const int workers = ready_workers();
     in_region = true;
-    if (threads == 1) {
-        task(argument, 0, 1);
+    if (workers == 0) {
+        task(argument);
     } else {
         region_task = task;
         region_argument = argument;
-        region_threads = threads;
-        running = made;
+        region_workers = workers;
+        inside = OPEN;
         started.fetch_add(1);
         if (asleep.load()) wake(started, MAX_THREADS);
-        task(argument, 0, threads);
-        for (int i = 0; i < BARRIER_SPINS && running.load(std::memory_order_acquire); i++) pause_cpu();
-        while (int32_t left = running.load()) {
+        task(argument);
+        inside.fetch_and(~OPEN);
+        for (int i = 0; i < STAGE_SPINS && inside.load(std::memory_order_acquire); i++) pause_cpu();
+        while (int32_t left = inside.load()) {
             caller_sleeps = 1;
-            sleep_on(running, left);
+            sleep_on(inside, left);
             caller_sleeps = 0;
         }
     }
@@ -133,22 +134,22 @@ void run(Task task, void *argument) {
     pthread_mutex_unlock(&pool_lock);
 }
 
-void barrier(int threads) {
-    if (threads == 1) return;
-    const uint32_t seen = phase.load();
-    if (arrived.fetch_add(1) == threads - 1) {
-        arrived = 0;
-        phase.fetch_add(1);
-        if (at_barrier.load()) wake(phase, MAX_THREADS);
-        return;
-    }
-    for (int i = 0; i < BARRIER_SPINS; i++) {
-        if (phase.load(std::memory_order_acquire) != seen) return;
+void did(Stage &stage, int32_t pieces) {
+    if (__atomic_add_fetch(&stage.done, 1, __ATOMIC_SEQ_CST) == pieces && waiting.load())
+        syscall(SYS_futex, &stage.done, FUTEX_WAKE_PRIVATE, MAX_THREADS, nullptr, nullptr, 0);
+}
+
+void wait_for(Stage &stage, int32_t pieces) {
+    for (int i = 0; i < STAGE_SPINS; i++) {
+        if (__atomic_load_n(&stage.done, __ATOMIC_ACQUIRE) >= pieces) return;
         pause_cpu();
     }
-    at_barrier.fetch_add(1);
-    while (phase.load() == seen) sleep_on(phase, seen);
-    at_barrier.fetch_sub(1);
+    waiting.fetch_add(1);
+    for (int32_t done; (done = __atomic_load_n(&stage.done, __ATOMIC_SEQ_CST)) < pieces;) {
+        timespec limit = {0, 100 * 1000 * 1000};
+        syscall(SYS_futex, &stage.done, FUTEX_WAIT_PRIVATE, done, &limit, nullptr, 0);
+    }
+    waiting.fetch_sub(1);
 }
 
 namespace {

@@ -7,18 +7,36 @@
 
 namespace moray {
 
-// Runs in every thread of a region: its number, and how many there are.
-typedef void (*Task)(void *argument, int thread, int threads);
+// What every thread of a region runs.
+typedef void (*Task)(void *argument);
 
-// Runs `task` in as many threads as are set, and returns when all have. In the calling thread alone if it is within another
-// region, or another thread has the pool.
+// Runs `task` here, and in those of the other threads that come in time: one that is late finds nothing left to do, and nobody
+// waits for it. Returns when all that came have returned. In the calling thread alone if it is within another region, or
+// another thread has the pool.
 void run(Task task, void *argument);
 
-// Within a region: returns when every one of its `threads` has come here.
-void barrier(int threads);
+// A number of equal pieces of work that a region's threads take in turn.
+struct Stage {
+    int32_t taken, done;
+};
 
-// The next number from a counter that the region's threads share.
-inline int32_t next(int32_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+// The next piece to do: at least `pieces` once none is left.
+inline int32_t take(Stage &stage) { return __atomic_fetch_add(&stage.taken, 1, __ATOMIC_RELAXED); }
+
+// One piece out of so many is done, and what it wrote may be read by whoever waits for all.
+void did(Stage &stage, int32_t pieces);
+
+// Returns when all pieces are done.
+void wait_for(Stage &stage, int32_t pieces);
+
+// Does piece after piece, until all are done, by this thread or others.
+template <typename Work>
+inline __attribute__((always_inline)) void share(Stage &stage, int32_t pieces, Work work) {
+    for (int32_t piece; (piece = take(stage)) < pieces;) {
+        work(piece);
+        did(stage, pieces);
+    }
+}
 
 // Memory of the calling thread, aligned to 64 bytes; `which` of four pieces. Valid until the same piece is asked for again.
 // It only grows, and is freed with the thread.
