@@ -66,7 +66,7 @@ class RouterProcess:
         threads: int,
         progress: Progress | None = None,
     ) -> None:
-        set_threads(threads)
+        set_threads(threads, packed=compute.packed)
         self.stopped = threading.Event()
         self._router_id = router_id
         config = ModelConfig.load(checkpoint)

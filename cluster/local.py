@@ -62,7 +62,7 @@ class LocalCluster:
         self.model = served_model(deployment, self.config)
         computing = compute(deployment, gpus=gpus)
         routers = deployment.routers
-        set_threads(threads_here(given_threads(routers.threads, routers.cpus, computing), 1))
+        set_threads(threads_here(given_threads(routers.threads, routers.cpus, computing), 1), packed=computing.packed)
         self.table = first_placement(self.config, deployment.experts)
         self.hosts: list[ExpertHost] = []
         self._bytes_read: dict[str, BytesRead] = {}

@@ -312,7 +312,7 @@ def _expert_host(compute: Mapping[str, Any], threads: int, model: Path | None) -
     from ..kernels.cpu.library import set_threads
     from .chaos.fault_points import FaultPoints
 
-    set_threads(threads)
+    set_threads(threads, packed=compute["packed"])
     host = FaultPoints("", compute=_compute(compute))
     if model is not None:
         host.warm_up(model)

@@ -91,7 +91,8 @@ def calibrate(deployment: Deployment, idle: ServedRun, runs: Sequence[ServedRun]
         runs: with requests, of more kinds than one.
     """
     routers, computing = deployment.routers, compute(deployment, gpus=0)
-    set_threads(threads_here(given_threads(routers.threads, routers.cpus, computing), routers.replicas))
+    threads = threads_here(given_threads(routers.threads, routers.cpus, computing), routers.replicas)
+    set_threads(threads, packed=computing.packed)
     path = checkpoint_path(deployment.model)
     parts = Parts.load(path, computing, lambda config: router_settings(deployment, config))
     alone, missed = _alone(parts)

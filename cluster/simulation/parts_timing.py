@@ -253,7 +253,7 @@ class _Host:
 
 def _serve_host(pipe: Connection, name: str, parts: Mapping[str, Any]) -> None:
     """A host's process."""
-    set_threads(1)
+    set_threads(1, packed=parts["compute"].packed)
     host = ExpertHost(name, compute=parts["compute"])
     host.load(parts["checkpoint"], parts["slots"], epoch=parts["epoch"])
     pipe.send(host.listen("shm", bind_host="127.0.0.1", secret=parts["secret"]))

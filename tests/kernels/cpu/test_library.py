@@ -34,7 +34,7 @@ def test_without_a_library_it_is_said_once(monkeypatch: pytest.MonkeyPatch, capl
         with caplog.at_level(logging.WARNING, logger="moray.kernels"):
             assert module.native() is None
             assert module.native() is None
-            module.set_threads(1)
+            module.set_threads(1, packed=False)
     finally:
         module._load.cache_clear()
     assert len(caplog.records) == 1
