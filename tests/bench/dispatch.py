@@ -54,7 +54,7 @@ _DOORBELL = struct.Struct("<QQ")
 
 def serve(index: int, hidden: int, threads: int) -> None:
     """The process of an expert host whose experts do nothing but copy."""
-    set_threads(threads)
+    set_threads(threads, packed=True)
 
     def copied(x: torch.Tensor, rows: torch.Tensor, *_: object, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
@@ -264,7 +264,7 @@ def main() -> None:
     if arguments.raw is not None:
         return serve_raw(*arguments.raw)
 
-    set_threads(arguments.threads)
+    set_threads(arguments.threads, packed=True)
     with (
         torch.inference_mode(),
         dispatching(arguments.hidden, arguments.host_threads) as (dispatch, pids),
