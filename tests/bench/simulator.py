@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 import yaml
 
-from moray.cluster.assembly import checkpoint_path, host_name, router_name, router_settings
+from moray.cluster.assembly import checkpoint_path, compute, host_name, router_name, router_settings
 from moray.cluster.placement import next_placement
 from moray.cluster.run_state import descendants
 from moray.cluster.simulation.calibration import ServedRun, calibrate
@@ -285,7 +284,7 @@ def simulated(shape: Shape, load: Load, calibration: Calibration) -> float:
         routers=tuple(router_name(i) for i in range(shape.routers)),
         settings=settings,
         costs=CpuCosts(calibration.constants, page_size=settings.page_size),
-        wire=Wire.of_moray(config.hidden_size, torch.float32),
+        wire=Wire.of_moray(config.hidden_size, compute(deployment, gpus=0).dtype),
     )
     trace = Closed(load.streams, Measured(load.lengths(load.prompt)), Measured(load.lengths(load.answer)))
     return simulate(site, trace, Options(SIMULATED_S, WARM_S)).output_rate

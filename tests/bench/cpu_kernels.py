@@ -1,0 +1,97 @@
+"""The native CPU kernels against what the memory and the arithmetic units of this machine allow.
+
+    python tests/bench/cpu_kernels.py [--threads N] [--hidden 1024 --intermediate 512 --experts 64 --top-k 8]
+
+One MoE layer of FP8 experts for so many tokens, on weights that are rotated out of the cache. Beside each, in turn, the time
+that reading the same bytes takes: a pass over a large bf16 matrix by the same threads, which is the floor. Medians; close
+everything else. torch keeps to one thread, since its own look for work for milliseconds and take the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+
+import torch
+
+from moray.actors.weight_copy import resident_bytes
+from moray.kernels.cpu.library import native, set_threads
+from moray.kernels.cpu.matrix import linear, pack
+from moray.kernels.experts import ExpertWeights, MlpWeights, grouped_mlp
+from moray.kernels.fp8 import BLOCK, BlockWeight, scale_shape
+from moray.kernels.packed import PackedWeight
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+LAYERS = 3
+"""Sets of experts, used in turn: together far larger than a cache."""
+
+FLOOR_ROWS, FLOOR_COLUMNS = 131072, 1024
+
+
+def drawn(rows: int, columns: int) -> PackedWeight:
+    codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8)
+    codes |= torch.randint(0, 2, (rows, columns), dtype=torch.uint8) << 7
+    return pack(BlockWeight(codes.view(torch.float8_e4m3fn), torch.full(scale_shape(rows, columns), 1e-3)))
+
+
+def experts(count: int, hidden: int, intermediate: int) -> ExpertWeights:
+    return ExpertWeights(
+        {i: MlpWeights(drawn(2 * intermediate, hidden), drawn(hidden, intermediate)) for i in range(count)}
+    )
+
+
+class Floor:
+    """How fast memory is read."""
+
+    def __init__(self) -> None:
+        self.weight = pack(torch.zeros(FLOOR_ROWS, FLOOR_COLUMNS, dtype=torch.bfloat16))
+        self.x = torch.zeros(1, FLOOR_COLUMNS, dtype=torch.bfloat16)
+
+    def bytes_per_s(self) -> float:
+        began = time.perf_counter()
+        linear(self.x, self.weight, torch.float32)
+        return self.weight.nbytes / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=512)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    library = native()
+    assert library is not None, "Moray was installed without its CPU kernels"
+    assert options.intermediate % BLOCK == 0, f"--intermediate {options.intermediate}: whole blocks of {BLOCK}"
+    set_threads(options.threads, packed=True)
+    layers = [experts(options.experts, options.hidden, options.intermediate) for _ in range(LAYERS)]
+    floor = Floor()
+    print(f"{library.used.name}, {options.threads} threads; reading: {floor.bytes_per_s() / 1e9:.1f} GB/s")
+    print("tokens  experts  us (median)     GB/s  GFLOP/s  times the floor")
+    one = resident_bytes(layers[0][0])
+    for tokens in TOKENS:
+        ids = torch.stack([torch.randperm(options.experts)[: options.top_k] for _ in range(tokens)]).flatten()
+        order = ids.sort(stable=True).indices
+        rows, slots = (order // options.top_k).int(), ids[order].int()
+        x = torch.randn(tokens, options.hidden).bfloat16()
+        took, ratios = [], []
+        touched = len(ids.unique())
+        for number in range(options.rounds):
+            began = time.perf_counter()
+            grouped_mlp(x, rows, slots, layers[number % LAYERS])
+            took.append(time.perf_counter() - began)
+            ratios.append(took[-1] * floor.bytes_per_s() / (touched * one))
+        seconds = statistics.median(took)
+        flops = 6 * len(ids) * options.hidden * options.intermediate
+        print(
+            f"{tokens:6} {touched:8} {seconds * 1e6:12.0f} {touched * one / seconds / 1e9:8.1f} {flops / seconds / 1e9:8.0f} "
+            f"{statistics.median(ratios):16.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
