@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.catalogue import MODULES, all_cases
+from ...kernels.cpu.library import Instructions, native
 from ...kernels.launch import architecture
 from .text import GIB
 
@@ -19,7 +20,7 @@ class KernelPath:
     Attributes:
         kernel: module of `moray.kernels`.
         device: e.g. "cuda:0 NVIDIA H100 (sm_90)", or "cpu".
-        path: "Triton" or "torch".
+        path: "Triton", "torch" or "native".
         why: what decided it, and which instructions it uses.
     """
 
@@ -39,7 +40,20 @@ def kernel_paths() -> list[KernelPath]:
                 found += _gpu_paths(torch.device("cuda", index))
             except RuntimeError as error:
                 reason = str(error)  # it is too old, which the check of GPUs says, too
-    return found or [KernelPath(_name(module), "cpu", "torch", f"no GPU: {reason}") for module in MODULES]
+    if not found:
+        found = [KernelPath(_name(module), "cpu", "torch", f"no GPU: {reason}") for module in MODULES]
+    return [*found, _cpu_path()]
+
+
+def _cpu_path() -> KernelPath:
+    """What CPUs compute with, in processes without a GPU and on cold hosts."""
+    library = native()
+    if library is None:
+        why = "installed without a C++ compiler: install one, then Moray again; until then float32, by torch"
+        return KernelPath("cpu", "cpu", "torch", why)
+    if library.best is Instructions.GENERIC:
+        return KernelPath("cpu", "cpu", "torch", "this processor has no AVX2; float32, by torch")
+    return KernelPath("cpu", "cpu", "native", f"{library.best.name}, bfloat16 and FP8 (float32 is torch's)")
 
 
 def why_no_gpu() -> str:

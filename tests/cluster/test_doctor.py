@@ -19,6 +19,7 @@ from moray.cluster.diagnosis.link_meter import LinkSpeed
 from moray.cluster.diagnosis.report import show
 from moray.kernels import launch
 from moray.kernels.catalogue import MODULES
+from moray.kernels.cpu.library import native
 
 from .doctor_facts import cpu_node
 
@@ -40,8 +41,8 @@ def test_everything_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert set(report["findings"][0]) == {"check", "level", "what", "what_to_do", "node"}
     assert report["nodes"][0]["versions"]["torch"] == torch.__version__
     assert report["nodes"][0]["model"]["problem"] == ""
-    assert {entry["kernel"] for entry in report["kernels"]} == KERNELS
-    assert {entry["path"] for entry in report["kernels"]} == {"torch"}
+    assert {entry["kernel"] for entry in report["kernels"]} == KERNELS | {"cpu"}
+    assert {entry["path"] for entry in report["kernels"] if entry["kernel"] in KERNELS} == {"torch"}
     assert (status, report["failed"]) == (1, True)
     (gpus,) = [finding for finding in report["findings"] if finding["check"] == "deployment"]
     assert (gpus["level"], gpus["what"]) == ("fail", "device = 'cuda', and there is no GPU")
@@ -136,7 +137,8 @@ def test_each_gpu_takes_the_newest_code_it_can_run(
     major: int, minor: int, code: int, cores: str, gpu: SimpleNamespace
 ) -> None:
     gpu.major, gpu.minor = major, minor
-    paths = kernel_paths()
+    *paths, on_cpus = kernel_paths()
+    assert on_cpus.kernel == "cpu"
     assert {entry.path for entry in paths} == {"Triton"}
     assert {entry.device for entry in paths} == {f"cuda:0 NVIDIA H100 (sm_{major}{minor}, 80 GiB)"}
     (gemm,) = (entry for entry in paths if entry.kernel == "grouped_gemm")
@@ -146,6 +148,17 @@ def test_each_gpu_takes_the_newest_code_it_can_run(
 
 def test_a_gpu_that_is_too_old_takes_no_kernel(gpu: SimpleNamespace) -> None:
     gpu.name, gpu.major, gpu.minor = "Tesla V100", 7, 0
-    paths = kernel_paths()
+    *paths, _ = kernel_paths()
     assert {entry.path for entry in paths} == {"torch"}
     assert "Tesla V100 is sm_70; Moray's kernels need sm_80 (A100) or newer" in paths[0].why
+
+
+def test_what_cpus_compute_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native()
+    assert library is not None
+    found = kernel_paths()[-1]
+    assert (found.kernel, found.path) == ("cpu", "native")
+    assert library.best.name in found.why
+    monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.native", lambda: None)
+    found = kernel_paths()[-1]
+    assert (found.path, "install one, then Moray again" in found.why) == ("torch", True)
