@@ -25,7 +25,7 @@ from .listening import check_port, url_of
 from .load_progress import LoadingShown
 
 if TYPE_CHECKING:
-    from ..model.config import ModelConfig
+    pass
 
 logger = logging.getLogger("moray.serve")
 
@@ -90,7 +90,7 @@ class RayServer:
         Raises:
             MorayError: it could not be started; call `stop` all the same.
         """
-        config = self._check()
+        self._check()
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             if self._address is None:
@@ -100,13 +100,15 @@ class RayServer:
             import ray
 
             # Ray's processes take seconds to come up, and so does torch, which this needs.
-            checking = _beside(lambda: self._check_weights(config))
-            with _keeping_sigterm():
-                if self._address is None:
-                    self._start_ray()
-                else:
-                    ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
-            checking.result()
+            checking = _beside(self._check_weights)
+            try:
+                with _keeping_sigterm():
+                    if self._address is None:
+                        self._start_ray()
+                    else:
+                        ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
+            finally:
+                checking.result()  # also where Ray failed: what is wrong with the model comes first
             self._deploy()
         except MorayError:
             raise
@@ -116,10 +118,11 @@ class RayServer:
             self._keep_logs = isinstance(explained, ClusterError)
             raise explained from error
 
-    def _check(self) -> ModelConfig:
+    def _check(self) -> None:
         """Refuse what can be refused at once, while it is still a message and not a stack of actors."""
         from ..model.config import ModelConfig
-        from .assembly import checkpoint_path, front_settings, pinned, served_model
+        from .assembly import checkpoint_path, front_settings, pinned, router_settings, served_model
+        from .placement import first_placement
 
         self._deployment = deployment = pinned(self._deployment)
         if self._address is None:
@@ -128,24 +131,22 @@ class RayServer:
         config = ModelConfig.load(path)
         served_model(deployment, config)
         front_settings(deployment, front_id="check", behind_proxy=True)
-        return config
+        router_settings(deployment, config)
+        first_placement(config, deployment.experts)
 
-    def _check_weights(self, config: ModelConfig) -> None:
+    def _check_weights(self) -> None:
         """Refuse the rest before any process of ours is started."""
         import torch
 
         from ..model.progress import default_progress
-        from .assembly import compute, router_settings
+        from .assembly import compute
         from .model_check import check_model
-        from .placement import first_placement
 
         deployment = self._deployment
         gpus = torch.cuda.device_count()
         if self._address is None:
             compute(deployment, gpus=gpus)
         check_model(deployment, gpus=max(gpus, deployment.device == "cuda"), progress=default_progress())
-        router_settings(deployment, config)
-        first_placement(config, deployment.experts)
 
     def _start_ray(self) -> None:
         import ray

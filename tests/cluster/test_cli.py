@@ -27,7 +27,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, up to where it would start something: nothing here gets so far."""
+    """Runs the command in this process, where it can start nothing: what is refused here is refused by itself, before any
+    process of ours; only Ray's own may be on their way by then."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
 
     def started(*_: object, **__: object) -> None:
