@@ -43,7 +43,12 @@ LISTENERS = {
     ("actors/links/shm.py", "sock.bind"): "links within a machine, behind the handshake",
     ("actors/links/shm.py", "sock.listen"): "the same socket",
     ("actors/links/sockets.py", "socket.create_server"): "everything of ours over TCP, behind the handshake",
-    ("cluster/listening.py", "probe.bind"): "looks whether a port is free; never listens",
+    (
+        "cluster/front_door.py",
+        "_lender.bind",
+    ): "an abstract Unix socket that lends fronts their port, to processes of the same user",
+    ("cluster/front_door.py", "_lender.listen"): "the same socket",
+    ("cluster/listening.py", "sock.bind"): "looks whether a port is free, or takes the front's for `moray serve`",
     ("cluster/onprem.py", "probe.bind"): "looks whether an address is this host's; never listens",
 }
 """Every place that binds a socket, and why it may. What is new here goes into docs/security.md, too."""
