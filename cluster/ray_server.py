@@ -173,7 +173,7 @@ class RayServer:
         from ray import serve
         from ray.serve.context import _get_global_client
 
-        from .serve_app import build
+        from .serve_app import build_behind
 
         # What goes wrong is raised; its warnings are about handles that wait for replicas still starting.
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -197,7 +197,7 @@ class RayServer:
         plain = self._deployment.model_copy(update={"verify": "headers"}).model_dump()  # checked in full already
         with LoadingShown(_load_progress):
             door = None if self._door is None else self._door.name
-            serve.run(build(plain, door=door), name=APP, route_prefix="/", blocking=False)
+            serve.run(build_behind(plain, door=door), name=APP, route_prefix="/", blocking=False)
 
     def _accounts(self) -> str:
         """What Serve's deployments say of themselves: the error of a process is there, and not in what `run` raises."""

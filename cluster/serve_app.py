@@ -205,8 +205,19 @@ class FrontDeployment:
             await self._client.aclose()
 
 
-def build(args: dict[str, Any], *, door: str | None = None) -> serve.Application:
-    """The application for a deployment given as plain data: `args` of a Serve file.
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application for a deployment given as plain data: what a Serve file's `import_path` names and its `args` go to.
+
+    Serve takes a function of this one argument, and no other.
+
+    Raises:
+        ConfigError, FetchError: see `build_behind`.
+    """
+    return build_behind(args, door=None)
+
+
+def build_behind(args: dict[str, Any], *, door: str | None) -> serve.Application:
+    """The same, its fronts behind a door.
 
     Args:
         door: see `FrontDeployment`.

@@ -28,6 +28,14 @@ def test_a_node_that_is_lost_takes_neither_controller_nor_fronts_along(
     assert front.ray_actor_options == {"num_cpus": 0, "resources": fronts}
 
 
+def test_serve_takes_the_builder_that_files_name() -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as built
+
+    from moray.cluster.serve_app import build
+
+    assert built(build, {"model": "tiny-r1"})._bound_deployment.name == "front"
+
+
 def test_the_thread_behind_serve_s_handles_ends_before_ray_does(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve._private.router import SingletonThreadRouter
 
