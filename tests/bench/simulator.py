@@ -71,8 +71,8 @@ class Shape:
     def deployment(self) -> dict[str, Any]:
         return {
             "model": MODEL,
-            "experts": {"hosts": self.hosts, "min_replicas": self.min_replicas},
-            "routers": {"replicas": self.routers, "token_budget": self.token_budget, "speculate": "off"},
+            "experts": {"hosts": self.hosts, "min_replicas": self.min_replicas, "threads": 1},
+            "routers": {"replicas": self.routers, "token_budget": self.token_budget, "speculate": "off", "threads": 1},
         }
 
 
