@@ -107,8 +107,10 @@ class RayServer:
                         self._start_ray()
                     else:
                         ray.init(address=self._address, log_to_driver=False, logging_level=logging.WARNING)
-            finally:
-                checking.result()  # also where Ray failed: what is wrong with the model comes first
+            except Exception:
+                checking.result()  # what is wrong with the model comes first; an interrupt waits for nothing
+                raise
+            checking.result()
             self._deploy()
         except MorayError:
             raise

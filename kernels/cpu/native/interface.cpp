@@ -32,7 +32,7 @@ void pack_task(void *argument) {
                 uint8_t *at = to + static_cast<int64_t>(column) / step * 64;
                 uint8_t four[4] = {0, 0, 0, 0};
                 if (row < rows) memcpy(four, from + static_cast<int64_t>(column) * size, 4);
-                if (job.kind == MORAY_E4M3) {  // see byte_of in vector.h
+                if (job.kind == MORAY_E4M3) {  // see the end of vector.h
                     at += 16 * (row / 4) + 2 * (row % 4);
                     memcpy(at, four, 2);
                     memcpy(at + 8, four + 2, 2);

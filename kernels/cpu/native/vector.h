@@ -164,7 +164,7 @@ struct Decoder {
     }
 };
 
-// 64 codes, four columns of sixteen rows in the order of `byte_of` below, as two times two columns.
+// 64 codes, four columns of sixteen rows in the order described below, as two times two columns.
 INLINE void decode(const Decoder &table, const uint8_t *at, Pairs &first, Pairs &second) {
     const __m512i codes = _mm512_loadu_si512(at);
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -258,9 +258,8 @@ INLINE void decode(const Decoder &table, const uint8_t *at, Pairs &first, Pairs 
 // Prepared when these instructions are chosen, not when the library is loaded: the machine may not have them.
 Decoder decoder;
 
-// Where in 64 bytes of packed e4m3 the code of (row, column) lies, column 0 to 3: so that two unpacking instructions bring
-// each row's pairs of columns together.
-INLINE int byte_of(int row, int column) { return 16 * (row / 4) + 2 * (row % 4) + (column & 1) + 8 * (column >> 1); }
+// In 64 bytes of packed e4m3 the code of (row, column), column 0 to 3, is byte 16 (row / 4) + 2 (row % 4) + column % 2 +
+// 8 (column / 2): so that two unpacking instructions bring each row's pairs of columns together.
 
 }  // namespace
 #endif
