@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ...configs.errors import ConfigError
 from ...kernels.cpu.library import set_threads
 from ..assembly import checkpoint_path, compute, router_settings
 from ..threads import given_threads, threads_here
-from .cpu_costs import Calibration, CpuConstants, CpuCosts, Machine
+from .cpu_costs import ALONE, Calibration, CpuConstants, CpuCosts, Machine
 from .parts_timing import Parts, Sample, layer_samples, link_samples, shared_samples, step_samples
 
 
@@ -33,13 +34,14 @@ class ServedRun:
 
     Attributes:
         seconds: on the clock.
-        hosts: expert hosts; streams: requests at once.
+        routers, hosts: of the server; streams: requests at once.
         prompt, answer: tokens of each request.
         steps: of all routers; tokens: generated; prompts: tokens of prompts that were computed; requests: that ended.
         router_cpu, host_cpu: seconds of all routers, and of all hosts; other_cpu: of everything else, the client included.
     """
 
     seconds: float
+    routers: int
     hosts: int
     streams: int
     prompt: int
@@ -88,7 +90,7 @@ def calibrate(deployment: Deployment, idle: ServedRun, runs: Sequence[ServedRun]
     Args:
         deployment: of the server that the runs are of.
         idle: a run without requests.
-        runs: with requests, of more kinds than one.
+        runs: with requests, of more kinds than one, and of servers with more or fewer hosts.
     """
     routers, computing = deployment.routers, compute(deployment, gpus=0)
     threads = threads_here(given_threads(routers.threads, routers.cpus, computing), routers.replicas)
@@ -102,8 +104,9 @@ def calibrate(deployment: Deployment, idle: ServedRun, runs: Sequence[ServedRun]
 
 def _alone(parts: Parts) -> tuple[CpuConstants, dict[str, float]]:
     """What the parts cost by themselves, and what the fits miss; nothing of the front's side."""
-    names = {field.name for field in fields(CpuConstants)} - {"cores"}
-    constants = CpuConstants(**dict.fromkeys(names, 0.0), cores=float(os.cpu_count() or 1))
+    names = {field.name for field in fields(CpuConstants)} - {"cores", "crowded"}
+    cores = float(os.cpu_count() or 1)
+    constants = CpuConstants(**dict.fromkeys(names, 0.0), cores=cores, crowded=cores)
     found: dict[str, float] = {}
     for name, samples in (("layer", layer_samples(parts)), ("shared", shared_samples(parts))):
         if samples:
@@ -130,8 +133,9 @@ def _alone(parts: Parts) -> tuple[CpuConstants, dict[str, float]]:
     return constants, found
 
 
-_ROUTERS = ("step", "step_token", "step_row", "layer", "layer_token", "layer_position", "layer_row", "layer_page")
-_ROUTERS_TOO = ("shared", "shared_token", "exchange", "frame", "frame_byte")
+_STEP = ("step", "step_token", "step_row", "admission")
+_LAYER = ("layer", "layer_token", "layer_position", "layer_row", "layer_page", "shared", "shared_token")
+_LINKS = ("exchange", "frame", "frame_byte", "choice")
 _HOSTS = ("host", "host_expert", "host_pair")
 
 
@@ -152,35 +156,53 @@ def served_constants(
     fronts: list[Sample] = []
     routers: list[Sample] = []
     hosts: list[Sample] = []
-    waits: list[float] = []
+    several_sizes = len({run.routers + run.hosts for run in runs}) > 1
     for run in runs:
-        # A step's time is its router's and one host's, and two waits a layer. Where least is asked of the cores, they are least
-        # mixed up with waiting for a core, which is simulated.
-        busy_s = run.router_cpu + run.host_cpu / run.hosts
-        waits.append(max(0.0, run.seconds - busy_s) / (2 * len(parts.config.moe_layers) * run.steps))
-        work = {"front": run.steps, "front_token": run.tokens, "request": run.requests, "request_token": run.prompts}
+        steps = run.steps
+        crowd = run.routers + run.hosts - ALONE if several_sizes else 0
+        work = {"front": steps, "front_token": run.tokens, "request": run.requests, "request_token": run.prompts}
         fronts.append((work, run.other_cpu - idle.other_cpu / idle.seconds * run.seconds))
         router_s, host_s = _expected(run, alone, parts)
-        router_cpu = (run.router_cpu - idle.router_cpu / idle.seconds * run.seconds) / run.steps
-        host_cpu = (run.host_cpu - idle.host_cpu / idle.seconds * run.seconds) / run.steps
-        routers.append(({"times": router_s, "step": 1.0}, router_cpu))
-        requests = len(parts.config.moe_layers) * run.hosts
-        hosts.append(({"times": host_s, "host": requests}, host_cpu))
+        router_cpu = (run.router_cpu - idle.router_cpu / idle.seconds * run.seconds) / steps
+        host_cpu = (run.host_cpu - idle.host_cpu / idle.seconds * run.seconds) / steps
+        # What a front is told for each row, and what a request costs, no part by itself shows in full.
+        more = {"step": 1.0, "step_row": run.tokens / steps, "admission": run.requests / steps}
+        routers.append((_times(router_s, crowd) | more, router_cpu))
+        pairs = len(parts.config.moe_layers) * (run.tokens + run.prompts) / steps * parts.config.num_experts_per_tok
+        hosts.append((_times(host_s, crowd) | {"host_pair": pairs}, host_cpu))
     front, missed_front = fit(fronts)
     router, missed_router = fit(routers)
     host, missed_host = fit(hosts)
-    more = {name: getattr(alone, name) * router["times"] for name in (*_ROUTERS, *_ROUTERS_TOO)}
-    more |= {name: getattr(alone, name) * host["times"] for name in _HOSTS}
-    for name, extra in (("step", router), ("host", host)):
-        more[name] += extra[name]
-    constants = replace(alone, **more, **front, background=background, wake=min(waits))
-    return constants, {
+    constants = {name: getattr(alone, name) * router["times"] for name in (*_STEP, *_LAYER, *_LINKS)}
+    constants |= {name: getattr(alone, name) * host["times"] for name in _HOSTS}
+    for name, extra in [*((name, router[name]) for name in more), ("host_pair", host["host_pair"])]:
+        constants[name] += extra
+    constants |= {"background": background, "wake": _wake(runs, len(parts.config.moe_layers))}
+    for name, fitted in (("router_process", router), ("host_process", host)):
+        constants[name] = fitted["process"] / fitted["times"] if fitted.get("process") and fitted["times"] else 0.0
+    return replace(alone, **constants, **front), {
         "front of a server": missed_front,
         "routers of a server": missed_router,
         "hosts of a server": missed_host,
         "routers of a server, times alone": router["times"],
         "hosts of a server, times alone": host["times"],
     }
+
+
+def _times(seconds: float, crowd: int) -> dict[str, float]:
+    """What parts take alone, as one constant's work, and as another's where so many processes more than `ALONE` are there."""
+    return {"times": seconds, "process": seconds * crowd} if crowd else {"times": seconds}
+
+
+def _wake(runs: Sequence[ServedRun], moe_layers: int) -> float:
+    """What is left of a step beside its router and one host, for each of two waits a layer, where least is asked of the cores:
+    elsewhere that is also waiting for one, which is simulated."""
+    least = min(run.streams for run in runs)
+    return statistics.mean(
+        max(0.0, run.seconds - run.router_cpu - run.host_cpu / run.hosts) / (2 * moe_layers * run.steps)
+        for run in runs
+        if run.streams == least
+    )
 
 
 def _expected(run: ServedRun, alone: CpuConstants, parts: Parts) -> tuple[float, float]:
@@ -201,7 +223,10 @@ def _expected(run: ServedRun, alone: CpuConstants, parts: Parts) -> tuple[float,
     longest = run.prompt + run.answer * max(1.0, decoding) / (max(1.0, decoding) + 1)
     read = decoding * context + prompts
     positions = decoding * context + prompts * run.prompt / 2
-    router_s = costs.router_step(round(tokens), round(decoding), round(rows), 0)
+    # Means are no whole numbers, and what is begun in a step far less than one request.
+    router_s = (
+        alone.step + alone.step_token * tokens + alone.step_row * rows + alone.admission * run.requests / run.steps
+    )
     router_s += layers * costs.router_layer(round(tokens), round(positions), round(read), round(longest))
     router_s += moe * costs.shared_experts(round(tokens))
     pairs, sent_rows = tokens * top_k, tokens * run.hosts * (1 - (1 - 1 / run.hosts) ** top_k)

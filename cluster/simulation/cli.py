@@ -268,7 +268,14 @@ def _costs(options: argparse.Namespace, plan: Plan) -> tuple[CostModel, tuple[An
     if len(plan.groups) > 1 or plan.groups[0].count > 1 or plan.groups[0].gpus:
         raise ConfigError("--cpu-costs: are those of one machine without GPUs: use --nodes 1xcpu")
     calibration = Calibration.load(options.cpu_costs)
-    return CpuCosts(calibration.constants, page_size=plan.deployment.routers.page_size), calibration.assumptions
+    deployment = plan.deployment
+    costs_of_cores = CpuCosts(
+        calibration.constants,
+        page_size=deployment.routers.page_size,
+        processes=deployment.routers.replicas + deployment.experts.hosts,
+        replicas=deployment.experts.min_replicas > 1,
+    )
+    return costs_of_cores, calibration.assumptions
 
 
 @contextmanager

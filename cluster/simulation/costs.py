@@ -22,6 +22,11 @@ class CostModel(Protocol):
         ...
 
     @property
+    def crowded(self) -> float:
+        """How much of `cores` is left while more processes have something to do than there are; else of no meaning."""
+        ...
+
+    @property
     def wake_s(self) -> float:
         """Time on the clock, and no work, until a process that sleeps goes on with what another hands to it, where they share
         cores; on devices it is part of the exchange."""

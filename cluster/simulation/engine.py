@@ -120,7 +120,9 @@ class _Run:
         )
         cores, hosts = site.costs.cores, len(site.table.slots)
         machines: Machines = (
-            OwnDevices(clock, hosts, times=site.twins) if cores is None else SharedCores(clock, hosts, cores)
+            OwnDevices(clock, hosts, times=site.twins)
+            if cores is None
+            else SharedCores(clock, hosts, cores, site.costs.crowded)
         )
         self._front = Front(
             clock,

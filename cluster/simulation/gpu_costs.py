@@ -153,6 +153,7 @@ class GpuCosts:
     """
 
     cores: float | None = None
+    crowded = 0.0
     wake_s = 0.0
 
     def __init__(

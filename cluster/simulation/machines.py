@@ -5,6 +5,7 @@ A process does one thing at a time, in the order in which it was asked to.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -201,15 +202,20 @@ class _Job:
 
 
 class SharedCores:
-    """All processes share the cores of one machine: of n that have something to do, each gets cores / n of a core, at most one.
+    """All processes share the cores of one machine: of n that have something to do, each gets cores / n of a core, at most
+    one.
 
-    That is what a fair scheduler of an operating system gives on average; its time slices, and what moving between cores and
-    sharing caches costs, are not modelled.
+    That is what a fair scheduler of an operating system gives on average. Its time slices are not modelled; what it costs to
+    change between processes is a constant share of the cores.
+
+    Args:
+        cores: that processes find free.
+        crowded: what is left of them while more processes have something to do than cores, rounded up, are there.
     """
 
-    def __init__(self, clock: VirtualTime, hosts: int, cores: float) -> None:
+    def __init__(self, clock: VirtualTime, hosts: int, cores: float, crowded: float) -> None:
         self._clock = clock
-        self._cores = cores
+        self._cores, self._crowded = cores, crowded
         self._queues: dict[str | int, deque[_Job]] = {host: deque() for host in range(hosts)}
         self._busy: dict[int, float] = dict.fromkeys(range(hosts), 0.0)
         self._dead: dict[int, list[Ask]] = {}
@@ -291,7 +297,7 @@ class SharedCores:
         if passed <= 0:
             return
         running = [(who, queue[0]) for who, queue in self._queues.items() if queue]
-        work = passed * min(1.0, self._cores / max(1, len(running)))
+        work = passed * self._rate(len(running))
         for who, job in running:
             job.left -= work
             if isinstance(who, int):
@@ -306,8 +312,12 @@ class SharedCores:
         if not running:
             return
         left, _, who = min(running)
-        rate = min(1.0, self._cores / len(running))
-        self._timer = self._clock.after(max(0.0, left) / rate, lambda: self._done(who))
+        self._timer = self._clock.after(max(0.0, left) / self._rate(len(running)), lambda: self._done(who))
+
+    def _rate(self, running: int) -> float:
+        """Of a core, what each of those that have something to do gets."""
+        cores = self._cores if running <= math.ceil(self._cores) else self._crowded
+        return min(1.0, cores / max(1, running))
 
     def _done(self, who: str | int) -> None:
         self._timer = None

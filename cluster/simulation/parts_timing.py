@@ -208,7 +208,7 @@ def step_samples(parts: Parts, layers_s: Callable[[int, int, int, int], float]) 
             router.step()
 
         outside = cpu_seconds(prompt) - layers_s(length, length * (length + 1) // 2, length, length)
-        samples.append(({"step": 1.0, "step_token": length, "step_row": 1}, max(1e-6, outside)))
+        samples.append(({"step": 1.0, "step_token": length, "step_row": 1, "admission": 1}, max(1e-6, outside)))
     return samples
 
 
@@ -312,11 +312,14 @@ class LinkSamples:
 
 
 def link_samples(parts: Parts, *, most_hosts: int = 3, layers: int = 60) -> LinkSamples:
-    """Run layers through one to `most_hosts` hosts over shared memory, with as many experts as wanted in each."""
+    """Run layers through one to `most_hosts` hosts over shared memory, with as many experts as wanted in each; with replicas of
+    each as well where there is more than one host."""
     config, found = parts.config, LinkSamples([], [])
     secret = secrets.token_bytes(32)
-    for count in range(1, most_hosts + 1):
-        table = next_placement(config, [host_name(i) for i in range(count)], min_replicas=1, spare_slots=0)
+    shapes = [(count, 1) for count in range(1, most_hosts + 1)] + [(count, 2) for count in range(2, most_hosts + 1)]
+    for count, replicas in shapes:
+        names = [host_name(i) for i in range(count)]
+        table = next_placement(config, names, min_replicas=replicas, spare_slots=0)
         with _hosts(parts, table, secret) as hosts:
             links = {
                 name: dial(host.address, secret=secret, identity=_ROUTER, deadline=Deadline.after(_TIMEOUT_S))
@@ -325,7 +328,7 @@ def link_samples(parts: Parts, *, most_hosts: int = 3, layers: int = 60) -> Link
             dispatch = ExpertDispatch(table, links)
             try:
                 for tokens, distinct in ((1, 4), (2, 8), (8, 8), (8, 16), (24, 16), (48, 16), (128, 16), (400, 16)):
-                    _time_links(parts, dispatch, hosts, tokens, distinct, layers, found)
+                    _time_links(parts, dispatch, hosts, tokens, distinct, layers, found, replicas=replicas > 1)
             finally:
                 dispatch.close()
     return found
@@ -339,6 +342,8 @@ def _time_links(
     distinct: int,
     layers: int,
     found: LinkSamples,
+    *,
+    replicas: bool,
 ) -> None:
     config, top_k = parts.config, parts.config.num_experts_per_tok
     distinct = max(top_k, min(distinct, config.n_routed_experts, tokens * top_k))
@@ -364,11 +369,12 @@ def _time_links(
         taken = {name: (host.cpu_s() - before[name]) / layers for name, host in hosts.items()}
     asked = _asked(dispatch.table, chosen, moe_layers)
     pairs = tokens * top_k
-    frames = 2 * len(asked)
     item = parts.compute.dtype.itemsize
-    rows = sum(rows for rows, _, _ in asked.values())
+    # With replicas, a host is asked for a part of what it has: each pair goes to one of those that could compute it.
+    rows = min(pairs, tokens * len(asked)) if replicas else sum(rows for rows, _, _ in asked.values())
     exchanged = (rows + pairs) * config.hidden_size * item
-    found.router.append(({"exchange": 2.0, "frame": frames, "frame_byte": exchanged}, own))
+    work = {"exchange": 2.0, "frame": 2.0 * len(asked), "frame_byte": exchanged}
+    found.router.append((work | {"choice": 1.0} if replicas else work, own))
     if len(hosts) > 1:
         return  # hosts that compute at the same time slow each other down, which is no part of their work
     for name, (_, host_pairs, host_experts) in asked.items():

@@ -2,7 +2,7 @@
 
 Starts `moray serve tiny-r1` in several shapes, keeps streams running in it, and counts the tokens that come. Beside each it
 puts what `cluster/simulation` says of the same shape under the same streams, with constants (`calibration.py`) that come from
-the parts alone and from a server of its own, whose runs are not among those compared. All shapes are measured once a round, so
+the parts alone and from servers of its own, whose runs are not among those compared. All shapes are measured once a round, so
 that what the machine does otherwise hits all alike; medians of the rounds are compared. Close everything else.
 
 Prints the constants of published deployments as well, and how they compare (`published.py`), unless `--machine` is given.
@@ -55,8 +55,9 @@ SPREAD = 0.25
 
 SIMULATED_S = 60.0
 
-CORES_HALVINGS = 5
-"""Of the range that the number of shared cores is looked for in: to 3% of one."""
+CROWDED_S = 20.0
+CROWDED_PARTS = 8
+"""Parts of a core between the values that `crowded` is looked for among."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,18 @@ class Load:
         return tuple(range(max(1, round(mean * (1 - SPREAD))), max(2, round(mean * (1 + SPREAD)) + 1)))
 
 
-CALIBRATED = Shape()
-CALIBRATIONS = (Load(2, 40, 100), Load(10, 30, 70), Load(24, 20, 60), Load(6, 20, 6), Load(6, 250, 6))
+CALIBRATED: Mapping[Shape, tuple[Load, ...]] = {
+    Shape(hosts=1): (Load(1, 40, 100), Load(10, 30, 70)),
+    Shape(hosts=2): (
+        Load(1, 40, 100),
+        Load(2, 40, 100),
+        Load(10, 30, 70),
+        Load(24, 20, 60),
+        Load(6, 20, 6),
+        Load(6, 250, 6),
+    ),
+    Shape(hosts=3): (Load(1, 40, 100), Load(10, 30, 70)),
+}
 
 CHECKED: Mapping[Shape, tuple[Load, ...]] = {
     Shape(hosts=1): (Load(1, 24, 120), Load(16, 24, 120)),
@@ -254,6 +265,7 @@ def run(server: Server, shape: Shape, load: Load | None, seconds: float) -> Serv
     cpu = {name: after.cpu[name] - before.cpu.get(name, 0.0) for name in after.cpu}
     return ServedRun(
         seconds=after.at - before.at,
+        routers=shape.routers,
         hosts=shape.hosts,
         streams=load.streams,
         prompt=load.prompt,
@@ -271,7 +283,7 @@ def run(server: Server, shape: Shape, load: Load | None, seconds: float) -> Serv
 # ---- the simulated one ------------------------------------------------------------------------------------------------
 
 
-def simulated(shape: Shape, load: Load, calibration: Calibration) -> float:
+def simulated(shape: Shape, load: Load, calibration: Calibration, seconds: float = SIMULATED_S) -> float:
     """Tokens a second."""
     deployment = Deployment.from_dict(shape.deployment())
     config = ModelConfig.load(checkpoint_path(deployment.model))
@@ -283,41 +295,40 @@ def simulated(shape: Shape, load: Load, calibration: Calibration) -> float:
         ),
         routers=tuple(router_name(i) for i in range(shape.routers)),
         settings=settings,
-        costs=CpuCosts(calibration.constants, page_size=settings.page_size),
+        costs=CpuCosts(
+            calibration.constants,
+            page_size=settings.page_size,
+            processes=shape.routers + shape.hosts,
+            replicas=shape.min_replicas > 1,
+        ),
         wire=Wire.of_moray(config.hidden_size, compute(deployment, gpus=0).dtype),
     )
     trace = Closed(load.streams, Measured(load.lengths(load.prompt)), Measured(load.lengths(load.answer)))
-    return simulate(site, trace, Options(SIMULATED_S, WARM_S)).output_rate
+    return simulate(site, trace, Options(seconds, WARM_S)).output_rate
 
 
-def with_shared_cores(calibration: Calibration, runs: Sequence[ServedRun]) -> Calibration:
-    """With as many cores as the calibration's own runs tell of: those that processes share do not give all that they have.
+def with_crowded_cores(calibration: Calibration, runs: Sequence[ServedRun]) -> Calibration:
+    """With as much of the cores left where processes crowd them as the calibration's own runs tell of.
 
-    Two processes that are both runnable wake and evict each other, and on a virtual machine neighbours do. How much of the
-    cores is left is taken from the throughput under the loads of the calibration, all of them on average; none of those that
-    are compared with the simulation counts.
+    Processes that take turns on a core wake and evict each other, and on a virtual machine neighbours do. How much is left is
+    what makes the simulation miss the throughput of those runs least; none of those that are compared with it counts.
     """
-    measured: dict[Load, list[float]] = {}
+    measured: dict[tuple[int, Load], list[float]] = {}
     for one in runs:
-        measured.setdefault(Load(one.streams, one.prompt, one.answer), []).append(one.tokens / one.seconds)
+        load = Load(one.streams, one.prompt, one.answer)
+        measured.setdefault((one.hosts, load), []).append(one.tokens / one.seconds)
 
-    def tried(cores: float) -> Calibration:
-        return replace(calibration, constants=replace(calibration.constants, cores=cores))
+    def tried(crowded: float) -> Calibration:
+        return replace(calibration, constants=replace(calibration.constants, crowded=crowded))
 
-    def too_fast(cores: float) -> float:
-        """Mean logarithm of simulated over measured; grows with the cores."""
+    def missed(crowded: float) -> float:
         return statistics.mean(
-            math.log(simulated(CALIBRATED, load, tried(cores)) / statistics.median(rates))
-            for load, rates in measured.items()
+            math.log(simulated(Shape(hosts=hosts), load, tried(crowded), CROWDED_S) / statistics.median(rates)) ** 2
+            for (hosts, load), rates in measured.items()
         )
 
-    low, high = 1.0, calibration.constants.cores
-    if too_fast(high) <= 0:
-        return calibration
-    for _ in range(CORES_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if too_fast(middle) > 0 else (middle, high)
-    return tried((low + high) / 2)
+    most = round(calibration.constants.cores * CROWDED_PARTS)
+    return tried(min((part / CROWDED_PARTS for part in range(most // 2, most + 1)), key=missed))
 
 
 # ---- side by side -----------------------------------------------------------------------------------------------------
@@ -350,11 +361,12 @@ def measured(rounds: int, seconds: float, *, calibrating: bool) -> tuple[list[Ro
     idle: list[ServedRun] = []
     runs: list[ServedRun] = []
     for number in range(1, rounds + 1):
-        if calibrating:
-            with serving(CALIBRATED) as server:
-                idle.append(run(server, CALIBRATED, None, seconds))
-                runs += [run(server, CALIBRATED, load, seconds) for load in CALIBRATIONS]
-            print(f"round {number}: calibration", *(f"{one.tokens / one.seconds:.1f}" for one in runs[-5:]), flush=True)
+        for shape, loads in CALIBRATED.items() if calibrating else ():
+            with serving(shape) as server:
+                idle.append(run(server, shape, None, seconds))
+                runs += [run(server, shape, load, seconds) for load in loads]
+            rates = (f"{one.tokens / one.seconds:.1f}" for one in runs[-len(loads) :])
+            print(f"round {number}: calibration with {shape.hosts} hosts:", *rates, "tokens/s", flush=True)
         for shape, loads in CHECKED.items():
             with serving(shape) as server:
                 for load in loads:
@@ -365,7 +377,7 @@ def measured(rounds: int, seconds: float, *, calibrating: bool) -> tuple[list[Ro
 
 
 def together(runs: Sequence[ServedRun]) -> ServedRun:
-    """Runs of the same as one long one."""
+    """Runs as one long one."""
     counted = ("seconds", "steps", "tokens", "prompts", "requests", "router_cpu", "host_cpu", "other_cpu")
     return replace(runs[0], **{name: sum(getattr(one, name) for one in runs) for name in counted})
 
@@ -408,8 +420,8 @@ def main() -> int:
     if not options.published:
         rows, idle, runs = measured(options.rounds, options.seconds, calibrating=options.calibration is None)
         if options.calibration is None:
-            calibration = calibrate(Deployment.from_dict(CALIBRATED.deployment()), together(idle), runs)
-            calibration = with_shared_cores(calibration, runs)
+            calibration = calibrate(Deployment.from_dict(Shape().deployment()), together(idle), runs)
+            calibration = with_crowded_cores(calibration, runs)
         else:
             calibration = Calibration.load(options.calibration)
         if options.save_calibration is not None:

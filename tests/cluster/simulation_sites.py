@@ -45,6 +45,10 @@ class PlainCosts:
     front_step: float = 0.0
     taking_in: float = 0.0
 
+    @property
+    def crowded(self) -> float:
+        return self.cores or 0.0
+
     def router_step(self, tokens: int, decoding: int, sampled: int, kv_positions: int) -> float:
         return self.step
 

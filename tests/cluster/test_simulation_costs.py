@@ -169,10 +169,11 @@ CONSTANTS = CpuConstants(**{name: 2.0 ** -(10 + number) for number, name in enum
 
 
 def test_costs_of_cores_are_linear() -> None:
-    c = replace(CONSTANTS, cores=2.0, background=0.25)
+    c = replace(CONSTANTS, cores=2.0, crowded=1.5, background=0.25)
     costs = CpuCosts(c, page_size=32)
-    assert costs.cores == 1.75
-    assert costs.router_step(5, 3, 4, 99) == c.step + 5 * c.step_token + 4 * c.step_row
+    assert (costs.cores, costs.crowded) == (1.75, 1.25)
+    assert costs.router_step(5, 3, 3, 99) == c.step + 5 * c.step_token + 3 * c.step_row
+    assert costs.router_step(5, 3, 4, 99) == c.step + 5 * c.step_token + 4 * c.step_row + c.admission
     assert costs.router_layer(5, 100, 100, 65) == (
         c.layer + 5 * c.layer_token + 100 * c.layer_position + 100 * c.layer_row + 3 * c.layer_page
     )
@@ -183,6 +184,20 @@ def test_costs_of_cores_are_linear() -> None:
     assert costs.exchange(100, 50, 3) == costs.exchange(100, 0, 3) + costs.exchange(0, 50, 3)
     assert costs.front(6) == c.front + 6 * c.front_token
     assert costs.request(40) == c.request + 40 * c.request_token
+
+
+def test_processes_that_share_cores_and_replicas_to_choose_among_cost_more() -> None:
+    c = replace(CONSTANTS, router_process=0.5, host_process=0.25)
+    two, four = CpuCosts(c, page_size=32), CpuCosts(c, page_size=32, processes=4)
+    assert four.router_step(5, 3, 4, 99) == 2.0 * two.router_step(5, 3, 4, 99)
+    assert four.router_layer(5, 100, 100, 65) == 2.0 * two.router_layer(5, 100, 100, 65)
+    assert four.shared_experts(5) == 2.0 * two.shared_experts(5)
+    assert four.exchange(100, 0, 3) == 2.0 * two.exchange(100, 0, 3)
+    assert four.host_layer(20, 7) == 1.5 * two.host_layer(20, 7)
+    assert CpuCosts(c, page_size=32, processes=1).host_layer(20, 7) == two.host_layer(20, 7)
+    chosen = CpuCosts(c, page_size=32, replicas=True)
+    assert chosen.exchange(100, 0, 3) == two.exchange(100, 0, 3) + c.choice
+    assert chosen.exchange(0, 100, 3) == two.exchange(0, 100, 3), "what comes back needs no choice"
 
 
 def test_single_tokens_go_through_the_pages_together_and_prompts_after_them() -> None:
@@ -279,18 +294,19 @@ def test_what_hosts_are_asked_for_is_counted(parts: Parts) -> None:
 
 def test_the_fronts_side_is_what_routers_and_hosts_leave_of_a_servers_time(parts: Parts) -> None:
     alone = replace(CONSTANTS, front=0.0, front_token=0.0, request=0.0, request_token=0.0, cores=2.0, background=0.0)
-    idle = ServedRun(10.0, 2, 0, 0, 0, 0, 0, 0, 0, 0.1, 0.1, 0.8)
+    idle = ServedRun(10.0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0.1, 0.1, 0.8)
     runs = []
     for steps, tokens, prompts, requests in (
         (100, 200, 40, 2),
         (90, 900, 300, 10),
         (80, 1600, 100, 25),
         (50, 300, 2000, 40),
+        (70, 500, 10, 60),
     ):
         other = 0.8 + steps * 4e-3 + tokens * 3e-4 + requests * 0.02 + prompts * 1e-5
         runs.append(
             ServedRun(
-                10.0, 2, 4, 20, 100, steps, tokens, prompts, requests, 0.1 + steps * 0.01, 0.1 + steps * 0.01, other
+                10.0, 1, 2, 4, 20, 100, steps, tokens, prompts, requests, 0.1 + steps * 0.01, 0.1 + steps * 0.01, other
             )
         )
     constants, missed = served_constants(alone, parts, idle, runs)
@@ -303,3 +319,35 @@ def test_the_fronts_side_is_what_routers_and_hosts_leave_of_a_servers_time(parts
     assert missed["front of a server"] == pytest.approx(0.0, abs=1e-6)
     assert json.dumps(missed)
     assert constants.cores == alone.cores
+
+
+def test_what_processes_cost_more_together_is_told_by_servers_of_several_sizes(parts: Parts) -> None:
+    none = dict.fromkeys(NAMES, 0.0)
+    alone = CpuConstants(**none | {"layer_row": 1e-6, "host": 1e-4, "cores": 2.0, "crowded": 2.0})
+    layers, moe = parts.config.num_hidden_layers, len(parts.config.moe_layers)
+    idle = ServedRun(10.0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
+    runs = []
+    for hosts, streams, prompt, steps, tokens, requests in (
+        (1, 1, 50, 100, 100, 2),
+        (1, 8, 200, 60, 420, 40),
+        (2, 4, 90, 90, 350, 9),
+        (3, 6, 400, 80, 470, 30),
+        (3, 2, 10, 70, 140, 1),
+        (3, 9, 900, 10, 90, 5),
+    ):
+        times = 1.5 + 0.3 * (hosts - 1)
+        rows = round((tokens - requests) / steps * (prompt + 25))
+        router = steps * layers * rows * 1e-6 * times + steps * 1e-3 + tokens * 2e-5 + requests * 5e-4
+        host = steps * moe * hosts * 1e-4 * times
+        runs.append(ServedRun(10.0, 1, hosts, streams, prompt, 50, steps, tokens, 0, requests, router, host, 0.1))
+    constants, missed = served_constants(alone, parts, idle, runs)
+    assert constants.router_process == pytest.approx(0.2)
+    assert constants.host_process == pytest.approx(0.2)
+    assert constants.layer_row == pytest.approx(1.5e-6)
+    assert constants.step == pytest.approx(1e-3)
+    assert constants.step_row == pytest.approx(2e-5)
+    assert constants.admission == pytest.approx(5e-4)
+    assert constants.host == pytest.approx(1.5e-4)
+    alone_s = runs[0].router_cpu + runs[0].host_cpu
+    assert constants.wake == pytest.approx((10.0 - alone_s) / (2 * moe * 100)), "where there is one stream"
+    assert missed["routers of a server"] == pytest.approx(0.0, abs=1e-6)

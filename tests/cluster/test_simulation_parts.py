@@ -286,9 +286,9 @@ def own(hosts: int) -> Watched:
     return Watched(OwnDevices(clock, hosts), clock)
 
 
-def shared(hosts: int, cores: float) -> Watched:
+def shared(hosts: int, cores: float, crowded: float | None = None) -> Watched:
     clock = VirtualTime()
-    return Watched(SharedCores(clock, hosts, cores), clock)
+    return Watched(SharedCores(clock, hosts, cores, cores if crowded is None else crowded), clock)
 
 
 def test_a_device_does_one_thing_after_the_other_beside_the_others() -> None:
@@ -363,6 +363,17 @@ def test_processes_share_the_cores() -> None:
     # Three on two cores: each at two thirds of a core.
     assert at.done == {"router": 1.5, "hosts": 1.5}
     assert at.machines.busy_s(0) == 1.0
+
+
+def test_more_processes_than_cores_get_less_done() -> None:
+    at = shared(2, 1.75, 1.5)
+    at.ask("hosts", {0: 1.75, 1: 1.75})
+    at.clock.run()
+    assert at.done == {"hosts": 2.0}, "two on two cores, of which others take a quarter of one"
+    at.compute("router", "router-0", 1.0)
+    at.ask("crowd", {0: 1.0, 1: 1.0})
+    at.clock.run()
+    assert at.done == {"hosts": 2.0, "router": 4.0, "crowd": 4.0}
 
 
 def test_who_has_cores_to_spare_gets_no_more_than_one() -> None:
