@@ -238,6 +238,8 @@ class ExpertHost:
             raise ValueError(f"expected [T, H] and [2, P] torch.int32, got {shapes}")
         _check_sizes(hidden_states, pairs, experts)
         device, dtype = self.compute.device, hidden_states.dtype
+        if not pairs.is_cuda:
+            pairs = pairs.clone()  # from here on nobody else can change what is checked and then followed
         if device.type == "cuda" and not pairs.is_cuda:
             check_pairs(pairs, hidden_states.shape[0])  # on the GPU nobody will
         count = pairs.shape[1]
