@@ -149,8 +149,9 @@ def test_every_wrong_byte_has_the_same_fate(
         b"x",
         encode(MessageType.STORE, 1),
         encode(MessageType.FRAME, 2, header(), plan_payload(work())),
+        encode(MessageType.FRAME, 1, header(), plan_payload((work(200)[0], work()[1]))),
     ],
-    ids=["short", "long", "garbage", "wrong type", "out of order"],
+    ids=["short", "long", "garbage", "wrong type", "out of order", "larger than the arena"],
 )
 def test_every_wrong_packet_has_the_same_fate(
     host: ExpertHost, python: ExpertHost, caplog: pytest.LogCaptureFixture, packet: bytes

@@ -75,6 +75,15 @@ def test_only_the_first_frame_of_a_size_is_pythons(host: ExpertHost, python: Exp
     link.close()
 
 
+def test_a_reply_may_outgrow_its_arena_where_the_request_does_not(host: ExpertHost, python: ExpertHost) -> None:
+    one, slots = work(1)[0], torch.arange(3, dtype=torch.int32).repeat_interleave(100)
+    many = one, torch.stack([torch.zeros_like(slots), slots])
+    with warm(host) as link:
+        for native in (0, 1):
+            assert_same(ask(link, many), expected(python, many))
+            assert native_frames(host) == native
+
+
 def test_pairs_are_reported_and_time(host: ExpertHost) -> None:
     with warm(host) as link:
         before = host.report()
@@ -241,6 +250,7 @@ def test_epochs_come_and_go_under_traffic(host: ExpertHost, python: ExpertHost, 
         assert asking.result(20) > 0
     host.load(checkpoint, SLOTS, epoch=30)
     with warm(host) as link:
+        time.sleep(0.2)  # into the native wait: it has the epochs of before
         host.retire(30)
         reply, _ = ask(link, work())
         assert reply.reason.endswith("placement epoch 3 is not served here; [30] are")
