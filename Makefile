@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The editable install links each file, so that type checkers can follow; a file more or less means installing again. So does
 # a change of what is compiled.
 FILES := $(sort $(shell find . -name '*.py' -not -path './$(VENV)/*' -not -path './build/*'))
-NATIVE := $(wildcard kernels/cpu/native/*)
+NATIVE := $(wildcard kernels/cpu/native/* actors/native/*)
 STAMP := $(VENV)/.installed-$(firstword $(shell (echo $(FILES); cat $(NATIVE)) | cksum))
 PORT ?= 8000
 

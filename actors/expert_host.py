@@ -23,11 +23,14 @@ from .busy_time import BusyTime
 from .deadline import Deadline
 from .expert_loading import ExpertLoader
 from .held_experts import HeldExperts
+from .host_loop import ComputeTurn, HostLoop
 from .links import Frame, InlineLink, Link, LinkAddress, LinkKind, Listener, listen
 from .links.base import TensorForm
+from .links.shm import ShmLink
 from .links.wire import MAX_PAYLOAD_BYTES
 from .model_files import ModelFiles
 from .moe_frames import Kind, MoeHeader, check_pairs
+from .native_library import host_library
 from .placement_table import EMPTY
 from .reports import HostReport
 from .weight_copy import Sources, give
@@ -65,9 +68,13 @@ class ExpertHost:
         self.compute = compute
         self._files = ModelFiles()
         self._held = HeldExperts()
-        self._one_at_a_time = threading.Lock()
+        library = host_library() if compute.packed else None
+        self._one_at_a_time = ComputeTurn(library)
+        self._loop = None
+        if library is not None:
+            self._loop = HostLoop(library, self._one_at_a_time, reply_timeout_s=_REPLY_TIMEOUT_S)
         self._busy = BusyTime(compute.device)
-        self._pairs = 0  # guarded by the lock above
+        self._pairs = 0  # computed in Python; guarded by the turn above, as what `_busy` counts
         self._stopping = threading.Event()
         self._listeners: list[Listener] = []
         self._links: set[Link] = set()
@@ -175,7 +182,13 @@ class ExpertHost:
 
     def report(self) -> HostReport:
         """The host's account of itself; never waits for a computation."""
-        return HostReport(self._held.epochs, self._busy.seconds, self._pairs, self._held.resident_bytes)
+        turn = self._one_at_a_time
+        return HostReport(
+            self._held.epochs,
+            self._busy.seconds + turn.native_busy_s,
+            self._pairs + turn.native_pairs,
+            self._held.resident_bytes,
+        )
 
     def listen(self, kind: LinkKind, *, bind_host: str, secret: bytes) -> LinkAddress:
         """Accept routers, and hosts that copy, on a new listener and return its address."""
@@ -238,6 +251,8 @@ class ExpertHost:
             raise ValueError(f"expected [T, H] and [2, P] torch.int32, got {shapes}")
         _check_sizes(hidden_states, pairs, experts)
         device, dtype = self.compute.device, hidden_states.dtype
+        if not pairs.is_cuda:
+            pairs = pairs.clone()  # from here on nobody else can change what is checked and then followed
         if device.type == "cuda" and not pairs.is_cuda:
             check_pairs(pairs, hidden_states.shape[0])  # on the GPU nobody will
         count = pairs.shape[1]
@@ -306,10 +321,16 @@ class ExpertHost:
         header, tensors = self.handle(link.recv(deadline=deadline), room)
         link.send(header, tensors, deadline=Deadline.after(_REPLY_TIMEOUT_S))
 
+    def _wait(self, link: Link) -> bool:
+        """Wait for a request that Python is to answer; native code answers meanwhile what it can."""
+        if self._loop is not None and isinstance(link, ShmLink) and not self._loop.serve(link, self._held.table):
+            return False
+        return link.wait(deadline=Deadline.after(_IDLE_POLL_S))
+
     def _serve(self, link: Link) -> None:
         try:
             while not self._stopping.is_set():
-                if link.wait(deadline=Deadline.after(_IDLE_POLL_S)):
+                if self._wait(link):
                     self._answer(link)
         except LinkError as error:
             if not self._stopping.is_set():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..configs.errors import ClusterError
 from ..kernels.experts import ExpertWeights, MlpWeights
 from .expert_queue import Key
+from .expert_table import ExpertTable
 from .placement_table import EMPTY
 from .weight_copy import resident_bytes
 
@@ -50,9 +51,10 @@ class HeldExperts:
 
     def __init__(self) -> None:
         self._epochs: dict[int, _Epoch] = {}  # replaced as a whole, never changed in place
+        self._table = ExpertTable({})  # of the epochs above
         self._resident_bytes = 0
         self._loads: list[Loading] = []  # the one that runs and those that wait for their turn, in this order
-        self._changed = threading.Condition()  # guards the three above; readers of `_epochs` do without
+        self._changed = threading.Condition()  # guards all above; readers of `_epochs` and `_table` do without
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -63,6 +65,11 @@ class HeldExperts:
     def resident_bytes(self) -> int:
         """Of the experts of all epochs; one that several share counts once."""
         return self._resident_bytes
+
+    @property
+    def table(self) -> ExpertTable:
+        """All of it for native code. Whoever has it keeps what is retired in memory: see `ExpertTable`."""
+        return self._table
 
     def layer(self, epoch: int, layer: int) -> ExpertWeights:
         """The experts in the slots of one layer.
@@ -147,7 +154,10 @@ class HeldExperts:
             self._end_loads({load.epoch for load in self._loads}, reason)
 
     def _replace(self, epochs: dict[int, _Epoch]) -> None:
+        superseded = self._table
         self._epochs = epochs
+        self._table = ExpertTable({epoch: held.layers for epoch, held in epochs.items()})
+        superseded.supersede()
         unique = {id(weights): weights for held in epochs.values() for weights in held.experts.values()}
         self._resident_bytes = sum(map(resident_bytes, unique.values()))
 

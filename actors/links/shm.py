@@ -14,13 +14,14 @@ import secrets
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 
 from ...configs.errors import ConfigError, HandshakeError, LinkError, PeerDiedError, PeerTimeoutError
 from ..deadline import Deadline
+from ..native_library import LinkState, Outcome
 from .acceptor import Acceptor
 from .base import Frame, Link, LinkAddress, Listener
 from .handshake import authenticate
@@ -62,6 +63,55 @@ class ShmLink(GuardedLink):
         self._received = 0
         self._arrived = 0
         self._pending: deque[tuple[Message, Arena | None]] = deque()
+        self._state = LinkState(spin_next_rest=1)
+
+    def operate(self, native: Callable[[LinkState], Outcome], *, send_timeout_s: float) -> Outcome:
+        """Have native code receive and send whole frames at this end, as `recv` and `send` would.
+
+        A frame that it has taken counts as one of `recv`: its tensors are valid until the next one.
+
+        Args:
+            native: is given the state of this end, brings it forward, and says how it has ended. What it leaves is left as a
+                whole. `abort` ends its waits for the socket, and frees nothing before it has returned.
+            send_timeout_s: for a reply that it could not send at once.
+
+        Returns:
+            LEFT if there is something for `wait` and `recv`, else QUIET.
+
+        Raises:
+            PeerDiedError, PeerTimeoutError: as `recv` and `send`.
+        """
+        self._begin()
+        try:
+            if self._pending:
+                return Outcome.LEFT
+            self._prepared = None
+            outcome = self._run(native)
+            if outcome is Outcome.FAILED:
+                raise OSError(self._state.error, os.strerror(self._state.error))
+            if outcome is Outcome.UNSENT:
+                packet = bytes(self._state.packet[: self._state.packet_bytes])
+                self._packets.send(packet, deadline=Deadline.after(send_timeout_s))
+                self._sent += 1
+                return Outcome.QUIET
+            return outcome
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._end()
+
+    def _run(self, native: Callable[[LinkState], Outcome]) -> Outcome:
+        state, incoming, outgoing = self._state, self._incoming, self._outgoing
+        state.fd = self._sock.fileno()
+        state.sent, state.received, state.arrived = self._sent, self._received, self._arrived
+        state.released_here, state.peer_waits, state.released_by_peer = self._control_page().addresses
+        state.incoming, state.incoming_slot_bytes = (incoming.address, incoming.slot_bytes) if incoming else (None, 0)
+        state.outgoing, state.outgoing_slot_bytes = (outgoing.address, outgoing.slot_bytes) if outgoing else (None, 0)
+        try:
+            return native(state)
+        finally:
+            self._sent, self._received, self._arrived = state.sent, state.received, state.arrived
 
     def _prepare(self, payload: Payload, deadline: Deadline) -> tuple[torch.Tensor, ...] | None:
         arena = self._room_for(payload, deadline)

@@ -13,6 +13,7 @@ Every region is sealed against resizing: a peer cannot shrink one and turn this 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -71,6 +72,11 @@ class Arena:
             raise LinkError(peer, f"sent an arena with slots of {slot_bytes} bytes")
         return cls(_attach(fd, SLOTS * slot_bytes, peer), slot_bytes)
 
+    @property
+    def address(self) -> int:
+        """Where it begins; valid as long as the arena is there."""
+        return self._bytes.data_ptr()
+
     def slot(self, frame: int) -> torch.Tensor:
         """The slot of the `frame`-th frame as uint8 [slot_bytes]."""
         return self._bytes.narrow(0, frame % SLOTS * self.slot_bytes, self.slot_bytes)
@@ -96,6 +102,7 @@ class ControlPage:
 
     def __init__(self, mapping: mmap.mmap, *, initiator: bool) -> None:
         self._words = memoryview(mapping).cast("Q")
+        self._address = ctypes.addressof(ctypes.c_uint64.from_buffer(mapping))  # valid as long as the view is there
         outgoing, incoming = (0, 2) if initiator else (2, 0)
         self._released_by_peer = outgoing * _LINE
         self._waiting_here = (outgoing + 1) * _LINE
@@ -112,6 +119,12 @@ class ControlPage:
     def attach(cls, fd: int, peer: str) -> ControlPage:
         """Map the initiator's page; closes `fd`. Raises `LinkError` if it is not one."""
         return cls(_attach(fd, _PAGE_BYTES, peer), initiator=False)
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where native code finds what `release` writes, `peer_waits` and `released_by_peer`; valid as long as the page is."""
+        at, size = self._address, self._words.itemsize
+        return at + size * self._released_here, at + size * self._waiting_peer, at + size * self._released_by_peer
 
     @property
     def released_by_peer(self) -> int:

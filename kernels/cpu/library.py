@@ -100,6 +100,7 @@ class NativeLibrary:
             *(c_void_p, c_int32, c_void_p, c_void_p, c_int32),  # hidden states, tokens, rows, slots, pairs
             *(c_void_p, c_int32, c_void_p),  # MLPs, slots, out
         )
+        self.grouped_mlp_address = ctypes.cast(self.grouped_mlp, c_void_p).value  # for native code of others
         self.attention = _function(library, "moray_attention", None, *(c_void_p,) * 7)
         self.add = _function(library, "moray_add", None, c_void_p, c_void_p, c_void_p, c_int64)
         self.combine = _function(

@@ -18,6 +18,10 @@ class MlpTable:
     Args:
         by_slot: slot -> (gate_up [2N, H], down [H, N]), all of one shape; kept alive by whoever holds the table.
         num_slots: one more than the largest slot.
+
+    Attributes:
+        hidden: H; 0 where there is no MLP.
+        address: of the `moray_mlp` of slot 0; the others follow. Valid for as long as the table is there.
     """
 
     def __init__(self, by_slot: Mapping[int, tuple[PackedWeight, PackedWeight]], num_slots: int) -> None:
@@ -27,7 +31,7 @@ class MlpTable:
         self._mlps = (Mlp * max(1, num_slots))()
         for slot, (gate_up, down) in by_slot.items():
             self._mlps[slot] = Mlp(described(gate_up), described(down))
-        self._address = ctypes.addressof(self._mlps)
+        self.address = ctypes.addressof(self._mlps)
 
     def grouped(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, *, out: torch.Tensor | None = None
@@ -50,7 +54,7 @@ class MlpTable:
             rows.data_ptr(),
             slots.data_ptr(),
             rows.shape[0],
-            self._address,
+            self.address,
             self.num_slots,
             out.data_ptr(),
         )

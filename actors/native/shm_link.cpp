@@ -1,0 +1,91 @@
+#include "shm_link.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+
+namespace moray {
+namespace {
+
+constexpr int64_t SPIN_NS = 30 * 1000;  // sockets.py, as the next one
+constexpr int32_t LONGEST_REST = 64;
+
+// The control page and the arenas are written by another process: each word of them is read once.
+uint64_t read_once(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
+
+}  // namespace
+
+Arrival peek(moray_link &link, uint8_t *packet) {
+    iovec piece = {packet, WORK_BYTES};
+    msghdr message = {};
+    message.msg_iov = &piece;
+    message.msg_iovlen = 1;
+    const ssize_t bytes = recvmsg(link.fd, &message, MSG_PEEK | MSG_DONTWAIT | MSG_TRUNC);
+    if (bytes < 0) {
+        if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR) return Arrival::NOTHING;
+        link.error = errno;
+        return Arrival::FAILED;
+    }
+    // MSG_CTRUNC: a file descriptor came with it, for which there was no room given.
+    if (bytes != static_cast<ssize_t>(WORK_BYTES) || message.msg_flags & MSG_CTRUNC) return Arrival::OTHER;
+    return Arrival::PACKET;
+}
+
+Arrival wait(moray_link &link, uint8_t *packet, int64_t until_ns) {
+    Arrival found = peek(link, packet);
+    if (found != Arrival::NOTHING) return found;
+    if (link.spin_rest) {
+        link.spin_rest--;
+    } else {
+        for (const int64_t end = now_ns() + SPIN_NS; found == Arrival::NOTHING && now_ns() < end;) found = peek(link, packet);
+        if (found != Arrival::NOTHING) {
+            link.spin_next_rest = 1;
+            return found;
+        }
+        link.spin_rest = link.spin_next_rest;
+        link.spin_next_rest = 2 * link.spin_next_rest < LONGEST_REST ? 2 * link.spin_next_rest : LONGEST_REST;
+    }
+    const int64_t left_ms = (until_ns - now_ns() + 999999) / 1000000;
+    pollfd socket = {link.fd, POLLIN | POLLRDHUP, 0};
+    if (poll(&socket, 1, left_ms > 0 ? static_cast<int>(left_ms) : 0) <= 0) return Arrival::NOTHING;
+    found = peek(link, packet);
+    return found == Arrival::NOTHING ? Arrival::OTHER : found;  // it hung up, or something is wrong: Python asks again
+}
+
+const uint8_t *incoming(const moray_link &link, const Work &work) {
+    if (work.frame != link.arrived || link.arrived != link.received || !link.incoming) return nullptr;
+    // The peer chose how large its slots are: where they are not aligned, neither are the tensors in them.
+    if (link.incoming_slot_bytes < work.payload_bytes || link.incoming_slot_bytes % ALIGNMENT) return nullptr;
+    return link.incoming + work.frame % SLOTS * link.incoming_slot_bytes;
+}
+
+uint8_t *outgoing(const moray_link &link, uint64_t bytes) {
+    const uint64_t unreleased = link.sent - read_once(link.released_by_peer);
+    if (unreleased >= SLOTS) return nullptr;  // all of them are in use, or the peer wrote nonsense
+    if (!link.outgoing || link.outgoing_slot_bytes < bytes) return nullptr;
+    return link.outgoing + link.sent % SLOTS * link.outgoing_slot_bytes;
+}
+
+bool release_received(const moray_link &link) {
+    __atomic_store_n(link.released_here, link.received, __ATOMIC_SEQ_CST);
+    return !read_once(link.peer_waits);
+}
+
+bool take(moray_link &link) {
+    if (recv(link.fd, nullptr, 0, MSG_DONTWAIT | MSG_TRUNC) != static_cast<ssize_t>(WORK_BYTES)) return false;
+    link.received = ++link.arrived;
+    return true;
+}
+
+bool send(moray_link &link, const uint8_t *packet, size_t bytes) {
+    if (::send(link.fd, packet, bytes, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(bytes)) {
+        link.sent++;
+        return true;
+    }
+    memcpy(link.packet, packet, bytes);
+    link.packet_bytes = static_cast<int32_t>(bytes);
+    return false;
+}
+
+}  // namespace moray

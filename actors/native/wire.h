@@ -1,0 +1,34 @@
+// The two packets of an ordinary exchange, byte for byte as actors/links/wire.py and actors/moe_frames.py have them:
+//
+//     WORK   head, specs of hidden_states bf16 [T, H] and pairs int32 [2, P], MoE header     88 bytes
+//     DONE   head, spec of outputs bf16 [P, H], MoE header                                   70 bytes
+#ifndef MORAY_WIRE_H
+#define MORAY_WIRE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace moray {
+
+constexpr uint64_t SLOTS = 3;                   // shm_memory.py
+constexpr uint64_t ALIGNMENT = 64;              // wire.py, as the next one
+constexpr uint64_t MAX_PAYLOAD_BYTES = 1 << 30;
+constexpr size_t WORK_BYTES = 88, DONE_BYTES = 70;
+
+struct Work {
+    uint64_t frame;  // number on the link
+    uint64_t tokens, hidden, pairs;  // each at least 1, none large enough for a product of two and 8 to overflow
+    uint64_t pairs_offset, payload_bytes;
+    uint16_t layer;
+    uint32_t epoch;
+    uint64_t sequence;
+};
+
+// Whether the bytes are an ordinary request, in every length consistent with itself; `packet` has WORK_BYTES.
+bool decode_work(const uint8_t *packet, Work &work);
+
+// The reply to `work` as frame `frame` of the other direction; `packet` has room for DONE_BYTES.
+void encode_done(const Work &work, uint64_t frame, uint8_t *packet);
+
+}  // namespace moray
+#endif
