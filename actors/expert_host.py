@@ -26,7 +26,6 @@ from .held_experts import HeldExperts
 from .host_loop import ComputeTurn, HostLoop
 from .links import Frame, InlineLink, Link, LinkAddress, LinkKind, Listener, listen
 from .links.base import TensorForm
-from .links.shm import ShmLink
 from .links.wire import MAX_PAYLOAD_BYTES
 from .model_files import ModelFiles
 from .moe_frames import Kind, MoeHeader, check_pairs
@@ -323,7 +322,7 @@ class ExpertHost:
 
     def _wait(self, link: Link) -> bool:
         """Wait for a request that Python is to answer; native code answers meanwhile what it can."""
-        if self._loop is not None and isinstance(link, ShmLink) and not self._loop.serve(link, self._held.table):
+        if self._loop is not None and not self._loop.serve(link, self._held.table):
             return False
         return link.wait(deadline=Deadline.after(_IDLE_POLL_S))
 

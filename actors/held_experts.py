@@ -71,6 +71,11 @@ class HeldExperts:
         """All of it for native code. Whoever has it keeps what is retired in memory: see `ExpertTable`."""
         return self._table
 
+    def renew_table(self) -> None:
+        """Have native code that works with the table return to Python soon, for something that only Python looks at."""
+        with self._changed:
+            self._replace(self._epochs)
+
     def layer(self, epoch: int, layer: int) -> ExpertWeights:
         """The experts in the slots of one layer.
 

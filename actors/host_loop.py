@@ -12,7 +12,7 @@ from ctypes import byref
 from types import TracebackType
 
 from .expert_table import ExpertTable
-from .links.shm import ShmLink
+from .links.base import Link
 from .native_library import HostLibrary, LinkState, Outcome
 
 _CALL_MS = 1000
@@ -87,14 +87,14 @@ class HostLoop:
         self._turn = turn
         self._reply_timeout_s = reply_timeout_s
 
-    def serve(self, link: ShmLink, table: ExpertTable) -> bool:
+    def serve(self, link: Link, table: ExpertTable) -> bool:
         """Answer what is ordinary for a second, or until something else arrives or the table is superseded.
 
         Returns:
-            Whether there is something for Python to receive and answer.
+            Whether it is for Python to wait, receive and answer: there is something else, or the link has no native form.
 
         Raises:
-            LinkError: see `ShmLink.operate`.
+            LinkError: see `Link.operate`.
         """
 
         def serve(state: LinkState) -> Outcome:

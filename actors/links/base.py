@@ -15,13 +15,14 @@ Ends are used by one thread at a time, `abort` and `close` excepted, which any t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 
 from ..deadline import Deadline
+from ..native_library import LinkState, Outcome
 
 LinkKind = Literal["inline", "shm", "gloo", "nccl"]
 
@@ -122,6 +123,25 @@ class Link(ABC):
         Raises:
             PeerDiedError: the peer is gone.
         """
+
+    def operate(self, native: Callable[[LinkState], Outcome], *, send_timeout_s: float) -> Outcome:
+        """Have native code receive and send whole frames at this end, as `recv` and `send` would, where the link can.
+
+        A frame that it has taken counts as one of `recv`: its tensors are valid until the next one.
+
+        Args:
+            native: is given the state of this end, brings it forward, and says how it has ended. What it leaves is left as a
+                whole. `abort` ends its waits for the socket, and frees nothing before it has returned.
+            send_timeout_s: for a reply that it could not send at once.
+
+        Returns:
+            LEFT if it is for `wait` and `recv` to go on, as always where the link has no native form; else QUIET.
+
+        Raises:
+            PeerDiedError, PeerTimeoutError: as `recv` and `send`.
+        """
+        del native, send_timeout_s
+        return Outcome.LEFT
 
     @abstractmethod
     def check(self) -> None:

@@ -66,21 +66,7 @@ class ShmLink(GuardedLink):
         self._state = LinkState(spin_next_rest=1)
 
     def operate(self, native: Callable[[LinkState], Outcome], *, send_timeout_s: float) -> Outcome:
-        """Have native code receive and send whole frames at this end, as `recv` and `send` would.
-
-        A frame that it has taken counts as one of `recv`: its tensors are valid until the next one.
-
-        Args:
-            native: is given the state of this end, brings it forward, and says how it has ended. What it leaves is left as a
-                whole. `abort` ends its waits for the socket, and frees nothing before it has returned.
-            send_timeout_s: for a reply that it could not send at once.
-
-        Returns:
-            LEFT if there is something for `wait` and `recv`, else QUIET.
-
-        Raises:
-            PeerDiedError, PeerTimeoutError: as `recv` and `send`.
-        """
+        """See `Link.operate`."""
         self._begin()
         try:
             if self._pending:

@@ -1,8 +1,9 @@
 """Faults that a process must be asked for: what signals cannot do to an expert host.
 
 The Ray actor class of expert hosts is an `ExpertHost` with `FaultPoints`; nothing in the host itself knows of them, and
-until `inject` is called they cost one method call a frame. Whoever can reach the cluster's Ray can call it, and could as
-well kill the process. Every fault heals by itself when its seconds are over, whatever became of whoever asked for it.
+until `inject` is called they cost one method call a frame, or one a second where it is native code that serves. Whoever can
+reach the cluster's Ray can call it, and could as well kill the process. Every fault heals by itself when its seconds are over,
+whatever became of whoever asked for it.
 
     cut-host        the sockets of its links are closed, and those of links that are made meanwhile
     slow-host       each piece of work waits `delay_s` before it is computed
@@ -38,6 +39,7 @@ from ...actors.links.process_group import ProcessGroupLink
 from ...actors.links.shm import ShmLink
 from ...actors.links.shm_memory import Arena
 from ...actors.links.wire import HEAD_BYTES, decode_head
+from ...actors.native_library import LinkState, Outcome
 from ...configs.errors import ConfigError
 
 PointFault: TypeAlias = Literal["cut-host", "slow-host", "corrupt-reply", "full-memory", "disk-error"]
@@ -75,7 +77,9 @@ class FaultPoints(ExpertHost):
             raise ConfigError(
                 f"a fault lasts 0 to {MAX_SECONDS:.0f} s and delays by 0 or more, not {seconds}, {delay_s}"
             )
-        return self._faults.begin(cast(PointFault, fault), seconds, delay_s=delay_s, seed=seed)
+        links = self._faults.begin(cast(PointFault, fault), seconds, delay_s=delay_s, seed=seed)
+        self._held.renew_table()  # links that are served natively come back to where faults show
+        return links
 
     def attach(self, link: Link) -> None:
         """See `ExpertHost.attach`."""
@@ -108,6 +112,12 @@ class _ActiveFaults:
     def left(self, fault: PointFault) -> float:
         """Seconds that it goes on; 0 if it is not active."""
         return max(0.0, self._until.get(fault, 0.0) - time.monotonic())
+
+    @property
+    def any(self) -> bool:
+        """Whether any fault is active."""
+        now = time.monotonic()
+        return any(until > now for until in list(self._until.values()))
 
     def delay(self) -> None:
         """What a piece of work waits for before it is computed."""
@@ -157,6 +167,11 @@ class _FaultyLink(Link):
 
     def wait(self, *, deadline: Deadline) -> bool:
         return self._link.wait(deadline=deadline)
+
+    def operate(self, native: Callable[[LinkState], Outcome], *, send_timeout_s: float) -> Outcome:
+        if self._faults.any:
+            return Outcome.LEFT  # no fault shows in native code
+        return self._link.operate(native, send_timeout_s=send_timeout_s)
 
     def check(self) -> None:
         self._link.check()

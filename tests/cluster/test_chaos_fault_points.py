@@ -142,6 +142,26 @@ def test_a_host_that_breaks_its_links(fault: str, said: str, cluster: Cluster, e
     assert linked(cluster)
 
 
+def test_native_code_serves_unless_a_fault_is_active(cluster: Cluster, expected: list[int]) -> None:
+    host = cluster.hosts[1]
+    if host._loop is None:
+        pytest.skip("installed without the native half of expert hosts")
+    natively: list[int] = []
+
+    def at(count: int) -> None:
+        if count == 5:
+            host.inject("slow-host", MAX_SECONDS, delay_s=0.0)
+        if count in (5, 7, 20):  # a request may have been with native code already
+            natively.append(host._one_at_a_time.native_frames)
+        if count == 20:
+            host.inject("slow-host", 0)
+
+    assert cluster.ask(at) == expected
+    began, interrupted, healed = natively
+    assert began > 0
+    assert interrupted == healed < host._one_at_a_time.native_frames
+
+
 def test_a_slow_host(cluster: Cluster, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     host = cluster.hosts[1]
     delay = host._faults.delay

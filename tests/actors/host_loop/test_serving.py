@@ -320,4 +320,4 @@ def test_a_broken_link_stays_broken(host: ExpertHost) -> None:
         wait_until(lambda: host_end not in host._links)
         assert host._loop is not None
         with pytest.raises(LinkError, match="closed on this side"):
-            host._loop.serve(host_end, host._held.table)  # type: ignore[arg-type]
+            host._loop.serve(host_end, host._held.table)
