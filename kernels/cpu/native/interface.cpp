@@ -24,12 +24,13 @@ void pack_task(void *argument) {
     const int size = bytes_of(job.kind), step = 4 / size;
     const int tiles = (job.rows + 15) / 16;
     moray::share(job.tiles, tiles, [&](int tile) {
-        uint8_t *to = job.packed + static_cast<int64_t>(tile) * 16 * job.cols * size;
+        const int group = tile - tile % MORAY_GROUP, together = tiles - group < MORAY_GROUP ? tiles - group : MORAY_GROUP;
+        uint8_t *to = job.packed + static_cast<int64_t>(group) * 16 * job.cols * size + (tile - group) * 64;
         const int rows = job.rows - tile * 16 < 16 ? job.rows - tile * 16 : 16;
         for (int row = 0; row < 16; row++) {
             const uint8_t *from = job.source + (static_cast<int64_t>(tile) * 16 + row) * job.stride * size;
             for (int32_t column = 0; column < job.cols; column += step) {
-                uint8_t *at = to + static_cast<int64_t>(column) / step * 64;
+                uint8_t *at = to + static_cast<int64_t>(column) / step * together * 64;
                 uint8_t four[4] = {0, 0, 0, 0};
                 if (row < rows) memcpy(four, from + static_cast<int64_t>(column) * size, 4);
                 if (job.kind == MORAY_E4M3) {  // see the end of vector.h
