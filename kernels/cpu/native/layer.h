@@ -94,6 +94,12 @@ static void select_experts(const moray_layer &layer, const float *logits, float 
     }
 }
 
+// Where a piece of work starts to read, of `heads` matrices whose groups are numbered one after the other; NULL past the last.
+INLINE const uint8_t *start_of_piece(const moray_matrix *matrices, int heads, int piece) {
+    const int groups = groups_in(matrices[0]);
+    return piece < heads * groups ? start_of(matrices[piece / groups], piece % groups) : nullptr;
+}
+
 struct LayerJob {
     const moray_layer *layer;
     const moray_batch *batch;
@@ -158,7 +164,8 @@ static void layer_task(void *argument) {
             l.key_up[head], piece % absorbing, tokens, [&](int t) { return q + t * q_width; },
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(to + t * l.heads * row + at, totals, outputs);
-            });
+            },
+            start_of_piece(l.key_up, l.heads, piece + 1));
     });
     moray::wait_for(stage[6], l.heads * absorbing);
     moray::wait_for(stage[5], tokens);
@@ -177,7 +184,8 @@ static void layer_task(void *argument) {
             [&](int t) { return job.attended + t * attended_width + head * l.kv_rank; },
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(job.context + t * context_width + head * l.value + at, totals, outputs);
-            });
+            },
+            start_of_piece(l.value_up, l.heads, piece + 1));
     });
     moray::wait_for(stage[8], l.heads * raising);
 
