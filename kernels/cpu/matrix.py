@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from ..fp8 import BlockWeight, StoredWeight, dequantize_blocks
-from ..packed import TILE, PackedWeight, packed_rows
+from ..packed import GROUP, TILE, PackedWeight, packed_rows
 from .library import Matrix, loaded
 
 _KIND = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -39,7 +39,9 @@ def pack(weight: StoredWeight) -> PackedWeight:
 def unpack(weight: PackedWeight) -> torch.Tensor:
     """The matrix [N, K] in fp32, by the definition of the order rather than by the library: for tests and references."""
     size, columns = weight.tiles.dtype.itemsize, weight.columns
-    data = weight.tiles.view(torch.uint8).view(-1, columns * size // 4, TILE, 4)
+    groups = weight.tiles.view(torch.uint8).split(GROUP)
+    # Within a group: the first 64 bytes of each tile, the next ones of each, and so on.
+    data = torch.cat([group.reshape(-1, len(group), TILE, 4).transpose(0, 1) for group in groups])
     if size == 1:
         # Within 64 bytes: four rows' columns 0 and 1, then the same rows' columns 2 and 3.
         data = data.reshape(-1, columns // 4, 4, 2, 4, 2).transpose(3, 4).reshape(-1, columns // 4, TILE, 4)

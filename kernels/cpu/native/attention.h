@@ -49,23 +49,31 @@ INLINE void transpose(Ints *v) {
 #undef EXCHANGE
 }
 
-// Sixteen rows (NULL: zeros) of `width` bf16, an even number, as one tile [width / 2, 16, 2].
+constexpr int KEY_STEP = KEYS / TILE * 64;  // bytes that two columns of all keys of a block take
+
+// Sixteen rows (NULL: zeros) of `width` bf16, an even number, as one tile of a group of two.
 INLINE void pack_keys(const bf16 *const *rows, int width, uint8_t *packed) {
     int column = 0;
     for (; column + 32 <= width; column += 32) {
         Ints v[16];
         for (int r = 0; r < 16; r++) v[r] = rows[r] ? load_words(rows[r] + column) : (Ints){};
         transpose(v);
-        for (int i = 0; i < 16; i++) store_words(packed + (column / 2 + i) * 64, v[i]);
+        for (int i = 0; i < 16; i++) store_words(packed + (column / 2 + i) * KEY_STEP, v[i]);
     }
     for (; column < width; column += 2)
         for (int r = 0; r < 16; r++) {
             const int32_t zero = 0;
-            memcpy(packed + column * 32 + r * 4, rows[r] ? static_cast<const void *>(rows[r] + column) : &zero, 4);
+            memcpy(packed + column / 2 * KEY_STEP + r * 4, rows[r] ? static_cast<const void *>(rows[r] + column) : &zero, 4);
         }
 }
 
-// 32 rows (NULL: zeros), their first `width` columns as tiles [width / 16, 16, 16, 2]: pairs of rows.
+// Tiles of the group that holds column c of `width`.
+INLINE int tiles_at(int c, int width) {
+    const int left = (width - c / (GROUP * TILE) * (GROUP * TILE)) / TILE;
+    return left < GROUP ? left : GROUP;
+}
+
+// 32 rows (NULL: zeros), their first `width` columns as groups of tiles [width / 64, 16, 4, 16, 2]: pairs of rows.
 INLINE void pack_values(const bf16 *const *rows, int width, uint8_t *packed) {
     const bf16 nothing[16] = {};
     for (int p = 0; p < KEYS / 2; p++)
@@ -73,7 +81,9 @@ INLINE void pack_values(const bf16 *const *rows, int width, uint8_t *packed) {
             const Ints even = as_ints(widen16(rows[2 * p] ? rows[2 * p] + column : nothing));
             const Ints odd = as_ints(widen16(rows[2 * p + 1] ? rows[2 * p + 1] + column : nothing));
             const Ints low = (even >> 16) & 0xFFFF;
-            store_words(packed + (column / 16 * (KEYS / 2) + p) * 64, low | odd);
+            const int group = column / (GROUP * TILE), tile = column / TILE % GROUP;
+            uint8_t *at = packed + group * GROUP * (KEYS / 2) * 64 + (p * tiles_at(column, width) + tile) * 64;
+            store_words(at, low | odd);
         }
 }
 
@@ -121,7 +131,7 @@ static void attend(const AttentionJob &job, const Piece &piece) {
             peak[r] = -INFINITY;
             mass[r] = 0.0f;
         }
-    Tiles key_tiles = {2, {keys, keys + static_cast<size_t>(TILE) * width * 2}, {nullptr, nullptr}};
+    const Tiles key_tiles = {KEYS / TILE, keys, KEY_STEP, nullptr, nullptr};
     const Floats scale = all(layer.softmax_scale);
     const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -135,7 +145,7 @@ static void attend(const AttentionJob &job, const Piece &piece) {
                                                                  batch.page_size + position % batch.page_size) * width;
         }
         pack_keys(row, width, keys);
-        pack_keys(row + 16, width, keys + static_cast<size_t>(TILE) * width * 2);
+        pack_keys(row + 16, width, keys + 64);
         pack_values(row, value, values);
         memset(scores, 0, sizeof(float) * rows * KEYS);
         multiply_rows<MORAY_BF16>(query, rows, key_tiles, 0, width, scores, KEYS);
@@ -164,9 +174,8 @@ static void attend(const AttentionJob &job, const Piece &piece) {
             narrow16(weights + r * KEYS + 16, high);
         }
         for (int c = 0; c < value; c += GROUP * TILE) {
-            Tiles tiles = {0, {}, {}};
-            for (; tiles.count < GROUP && c + tiles.count * TILE < value; tiles.count++)
-                tiles.data[tiles.count] = values + static_cast<size_t>(c / TILE + tiles.count) * (KEYS / 2) * 64;
+            const int count = tiles_at(c, value);
+            const Tiles tiles = {count, values + static_cast<size_t>(c) / TILE * (KEYS / 2) * 64, 64 * count, nullptr, nullptr};
             multiply_rows<MORAY_BF16>(weight, rows, tiles, 0, KEYS, totals + c, value);
         }
     }

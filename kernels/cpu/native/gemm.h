@@ -11,42 +11,64 @@
 
 namespace {
 
-constexpr int TILE = 16;     // outputs in a register
-constexpr int BLOCK = 128;   // columns that share a scale
+constexpr int TILE = MORAY_TILE;    // outputs in a register
+constexpr int GROUP = MORAY_GROUP;  // tiles packed together, and computed by whoever takes one piece of work
+constexpr int BLOCK = 128;          // columns that share a scale, and rows that do: those of a group all do
+static_assert(BLOCK % (GROUP * TILE) == 0, "tiles of a group share their scales");
 #if defined(MORAY_ISA_AVX512)
-constexpr int GROUP = 4;     // tiles computed together, by whoever takes one piece of work
+constexpr int WIDE = 4;      // tiles computed together
 constexpr int ROWS = 6;      // rows computed together: 24 sums, 6 pairs of activations and a pair of weights fill 31 registers
 #else
-constexpr int GROUP = 2;
+constexpr int WIDE = 2;
 constexpr int ROWS = 2;      // 4 sums of two registers each, of 16
 #endif
 constexpr int DIRECT = 12;   // up to so many rows weights are decoded for every ROWS of them; more: once, into memory
 constexpr int ROW_BLOCK = 192;  // rows of totals held at a time: 48 KB
-constexpr int AHEAD = 1024;  // bytes of a tile read ahead, of 0, 512, 1024, 2048 and 4096: 7% at 32 and more tokens on Zen 4
 constexpr int PANEL = 8 * BLOCK;  // columns decoded at a time: 64 x 1024 bf16 fit the second cache beside the activations
 
-// One of the tiles computed together, and where its outputs go.
+// Tiles computed one beside the other: all of a packed group, or some that are neighbours in it.
 struct Tiles {
     int count;
-    const uint8_t *data[GROUP];   // of the tile's first column
-    const float *scales[GROUP];   // of its row block, one for each block of columns; NULL where all are 1
+    const uint8_t *data;   // of the first tile's first column; each tile's lies 64 bytes after the one before
+    int64_t step;          // bytes from one lot of columns to the next
+    const float *scales;   // one for each block of columns, the same for the whole group; NULL where all are 1
+    const uint8_t *next;   // what is read after these, for the caches to fetch while the last columns are computed; or NULL
 };
 
-INLINE int bytes_per_column(int kind) { return kind == MORAY_E4M3 ? TILE : kind == MORAY_BF16 ? 2 * TILE : 4 * TILE; }
-
-INLINE const uint8_t *tile_of(const moray_matrix &m, int tile) {
-    return static_cast<const uint8_t *>(m.data) + static_cast<int64_t>(tile) * m.cols * bytes_per_column(m.kind);
+// Bytes that hold `columns` columns of a group of one tile.
+INLINE int64_t bytes_of_columns(int kind, int64_t columns) {
+    return columns * (kind == MORAY_E4M3 ? TILE : kind == MORAY_BF16 ? 2 * TILE : 4 * TILE);
 }
 
-INLINE const float *scales_of(const moray_matrix &m, int tile) {
-    return m.scales ? m.scales + static_cast<int64_t>(tile * TILE / BLOCK) * ((m.cols + BLOCK - 1) / BLOCK) : nullptr;
+INLINE int tiles_in(const moray_matrix &m) { return (m.rows + TILE - 1) / TILE; }
+INLINE int groups_in(const moray_matrix &m) { return (tiles_in(m) + GROUP - 1) / GROUP; }
+
+// At most `most` tiles of a matrix from `first` on, up to the end of the group that it is in.
+INLINE Tiles tiles_of(const moray_matrix &m, int first, int most) {
+    const int group = first / GROUP, offset = first % GROUP;
+    const int whole = tiles_in(m) - group * GROUP < GROUP ? tiles_in(m) - group * GROUP : GROUP;
+    Tiles tiles;
+    tiles.count = whole - offset < most ? whole - offset : most;
+    tiles.data = static_cast<const uint8_t *>(m.data) + group * GROUP * bytes_of_columns(m.kind, m.cols) + 64 * offset;
+    tiles.step = 64 * whole;
+    tiles.scales = m.scales ? m.scales + static_cast<int64_t>(first * TILE / BLOCK) * ((m.cols + BLOCK - 1) / BLOCK) : nullptr;
+    tiles.next = nullptr;
+    return tiles;
+}
+
+INLINE const uint8_t *start_of(const moray_matrix &m, int group) { return tiles_of(m, group * GROUP, GROUP).data; }
+
+// What to fetch while a block of e4m3 is computed: the next block (8 KB of four tiles), or after the last what is read next.
+// Without, the experts of 8 tokens take 1.07 times as long on Zen 5; 2, 4 and 16 KB ahead are the same within noise.
+INLINE const uint8_t *ahead_of(const Tiles &tiles, const uint8_t *block, bool more) {
+    return more || !tiles.next ? block + tiles.step * (BLOCK / 4) : tiles.next;
 }
 
 // totals[r][t][16] += x[r] . tile[t], columns begin to end (begin a multiple of BLOCK); data points at column `begin`.
 template <int R, int T, int KIND>
 INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int end, float *totals, int64_t row_stride) {
-    const uint8_t *at[T];
-    for (int t = 0; t < T; t++) at[t] = tiles.data[t];
+    const uint8_t *at = tiles.data;
+    const int64_t step = tiles.step;
     for (int block = begin; block < end; block += BLOCK) {
         const int stop = block + BLOCK < end ? block + BLOCK : end;
         Floats sum[R][T];
@@ -55,36 +77,34 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) sum[r][t] = all(0.0f);
         if (KIND == MORAY_F32) {
-            for (int k = block; k < stop; k++) {
+            for (int k = block; k < stop; k++, at += step) {
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
-                    const Floats w = load(reinterpret_cast<const float *>(at[t]));
-                    at[t] += 64;
+                    const Floats w = load(reinterpret_cast<const float *>(at + 64 * t));
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) sum[r][t] = multiply_add(all(widen(x[r][k])), w, sum[r][t]);
                 }
             }
         } else if (KIND == MORAY_BF16) {
-            for (int k = block; k < stop; k += 2) {
+            for (int k = block; k < stop; k += 2, at += step) {
                 Pair pair[R];
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) pair[r] = pair_at(x[r] + k);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
-                    const Pairs w = pairs_at(at[t]);
-                    at[t] += 64;
+                    const Pairs w = pairs_at(at + 64 * t);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) sum[r][t] = dot(sum[r][t], pair[r], w);
                 }
             }
         } else {
-            for (int k = block; k < stop; k += 4) {
+            const uint8_t *ahead = ahead_of(tiles, at, stop < end);
+            for (int k = block; k < stop; k += 4, at += step, ahead += step) {
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
                     Pairs first, second;
-                    decode(decoder, at[t], first, second);
-                    __builtin_prefetch(at[t] + AHEAD);
-                    at[t] += 64;
+                    decode(decoder, at + 64 * t, first, second);
+                    __builtin_prefetch(ahead + 64 * t);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) sum[r][t] = dot(sum[r][t], pair_at(x[r] + k), first);
 #pragma GCC unroll 8
@@ -92,9 +112,9 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
                 }
             }
         }
+        const Floats scale = all(tiles.scales ? tiles.scales[block / BLOCK] : 1.0f);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            const Floats scale = all(tiles.scales[t] ? tiles.scales[t][block / BLOCK] : 1.0f);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 float *total = totals + r * row_stride + t * TILE;
@@ -120,6 +140,14 @@ static void multiply_tiles(const bf16 *const *x, const Tiles &tiles, int begin, 
 template <int KIND>
 static void multiply_rows(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
                           int64_t row_stride) {
+    if (tiles.count > WIDE) {
+        Tiles some = tiles;
+        for (int t = 0; t < tiles.count; t += WIDE, some.data += 64 * WIDE) {
+            some.count = tiles.count - t < WIDE ? tiles.count - t : WIDE;
+            multiply_rows<KIND>(x, rows, some, begin, end, totals + t * TILE, row_stride);
+        }
+        return;
+    }
     while (rows > 0) {
         // The last two parts are even: one of a single row would use a sixth of the machine.
         const int now = rows <= ROWS ? rows : rows < 2 * ROWS ? (rows + 1) / 2 : ROWS;
@@ -139,19 +167,21 @@ static void multiply_rows(const bf16 *const *x, int rows, const Tiles &tiles, in
     }
 }
 
-// Columns begin to end of each tile as bf16, into `decoded`; e4m3 alone.
+// Columns begin to end as bf16, into `decoded`; e4m3 alone.
 INLINE Tiles decoded_tiles(const Tiles &tiles, int begin, int end, uint8_t *decoded) {
-    Tiles result = tiles;
-    for (int t = 0; t < tiles.count; t++) {
-        const uint8_t *at = tiles.data[t] + static_cast<int64_t>(begin) * TILE;
-        uint8_t *to = decoded + static_cast<int64_t>(t) * PANEL * 2 * TILE;
-        result.data[t] = to;
-        for (int k = begin; k < end; k += 4, at += 64, to += 128) {
-            Pairs first, second;
-            decode(decoder, at, first, second);
-            store_pairs(to, first);
-            store_pairs(to + 64, second);
-        }
+    Tiles result = {tiles.count, decoded, 64 * tiles.count, tiles.scales, nullptr};
+    const uint8_t *at = tiles.data;
+    for (int block = begin; block < end; block += BLOCK) {
+        const int stop = block + BLOCK < end ? block + BLOCK : end;
+        const uint8_t *ahead = ahead_of(tiles, at, stop < end);
+        for (int k = block; k < stop; k += 4, at += tiles.step, ahead += tiles.step, decoded += 2 * result.step)
+            for (int t = 0; t < tiles.count; t++) {
+                Pairs first, second;
+                decode(decoder, at + 64 * t, first, second);
+                __builtin_prefetch(ahead + 64 * t);
+                store_pairs(decoded + 64 * t, first);
+                store_pairs(decoded + result.step + 64 * t, second);
+            }
     }
     return result;
 }
@@ -162,36 +192,41 @@ static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind
     for (int r = 0; r < rows; r++) memset(totals + r * row_stride, 0, sizeof(float) * TILE * tiles.count);
     if (kind == MORAY_F32) return multiply_rows<MORAY_F32>(x, rows, tiles, 0, cols, totals, row_stride);
     if (kind == MORAY_BF16) return multiply_rows<MORAY_BF16>(x, rows, tiles, 0, cols, totals, row_stride);
-    if (rows <= DIRECT) return multiply_rows<MORAY_E4M3>(x, rows, tiles, 0, cols, totals, row_stride);
+    if (rows <= ROWS) return multiply_rows<MORAY_E4M3>(x, rows, tiles, 0, cols, totals, row_stride);
     uint8_t *decoded = static_cast<uint8_t *>(moray::scratch(moray::DECODED, sizeof(bf16) * PANEL * TILE * GROUP));
+    Tiles panel = tiles;
     for (int begin = 0; begin < cols; begin += PANEL) {
         const int end = begin + PANEL < cols ? begin + PANEL : cols;
-        multiply_rows<MORAY_BF16>(x, rows, decoded_tiles(tiles, begin, end, decoded), begin, end, totals, row_stride);
+        panel.next = end < cols ? panel.data + tiles.step * (PANEL / 4) : tiles.next;
+        if (rows <= DIRECT)
+            multiply_rows<MORAY_E4M3>(x, rows, panel, begin, end, totals, row_stride);
+        else
+            multiply_rows<MORAY_BF16>(x, rows, decoded_tiles(panel, begin, end, decoded), begin, end, totals, row_stride);
+        panel.data += tiles.step * (PANEL / 4);
     }
 }
 
-// Tiles `first` to `first + count` of a matrix.
-INLINE Tiles tiles_of(const moray_matrix &m, int first, int count) {
-    Tiles tiles;
-    tiles.count = count;
-    for (int t = 0; t < count; t++) {
-        tiles.data[t] = tile_of(m, first + t);
-        tiles.scales[t] = scales_of(m, first + t);
+// The same for `count` tiles of a matrix from `first` on, which may be of several groups.
+static void product_of(const bf16 *const *x, int rows, const moray_matrix &m, int first, int count, const uint8_t *next,
+                       float *totals, int64_t row_stride) {
+    while (count > 0) {
+        Tiles tiles = tiles_of(m, first, count);
+        tiles.next = next;
+        product(x, rows, tiles, m.kind, m.cols, totals, row_stride);
+        first += tiles.count;
+        count -= tiles.count;
+        totals += tiles.count * TILE;
     }
-    return tiles;
 }
-
-INLINE int tiles_in(const moray_matrix &m) { return (m.rows + TILE - 1) / TILE; }
-INLINE int groups_in(const moray_matrix &m) { return (tiles_in(m) + GROUP - 1) / GROUP; }
 
 // One group of tiles of a matrix for all rows; `keep(row, first output, outputs, totals)` takes what came out.
 template <typename Row, typename Keep>
-INLINE void multiply_group(const moray_matrix &m, int group, int rows, Row row_at, Keep keep) {
+INLINE void multiply_group(const moray_matrix &m, int group, int rows, Row row_at, Keep keep, const uint8_t *next = nullptr) {
     const int first = group * GROUP;
-    const int count = tiles_in(m) - first < GROUP ? tiles_in(m) - first : GROUP;
-    const int outputs = m.rows - first * TILE < count * TILE ? m.rows - first * TILE : count * TILE;
-    const Tiles tiles = tiles_of(m, first, count);
-    float *totals = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * ROW_BLOCK * GROUP * TILE));
+    Tiles tiles = tiles_of(m, first, GROUP);
+    tiles.next = next ? next : group + 1 < groups_in(m) ? start_of(m, group + 1) : nullptr;
+    const int outputs = m.rows - first * TILE < tiles.count * TILE ? m.rows - first * TILE : tiles.count * TILE;
+    float *totals = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * ROW_BLOCK * 2 * GROUP * TILE));
     const bf16 *x[ROW_BLOCK];
     for (int begin = 0; begin < rows; begin += ROW_BLOCK) {
         const int now = rows - begin < ROW_BLOCK ? rows - begin : ROW_BLOCK;

@@ -94,6 +94,12 @@ static void select_experts(const moray_layer &layer, const float *logits, float 
     }
 }
 
+// Where a piece of work starts to read, of `heads` matrices whose groups are numbered one after the other; NULL past the last.
+INLINE const uint8_t *start_of_piece(const moray_matrix *matrices, int heads, int piece) {
+    const int groups = groups_in(matrices[0]);
+    return piece < heads * groups ? start_of(matrices[piece / groups], piece % groups) : nullptr;
+}
+
 struct LayerJob {
     const moray_layer *layer;
     const moray_batch *batch;
@@ -106,7 +112,7 @@ struct LayerJob {
     float *logits;
     const Piece *pieces;
     int piece_count;
-    moray::Stage stages[12];
+    moray::Stage stages[13];
 };
 
 static void layer_task(void *argument) {
@@ -122,32 +128,31 @@ static void layer_task(void *argument) {
     });
     moray::wait_for(stage[0], tokens);
 
-    // What reads x: the queries, or what they are compressed to, and the latents.
+    // What reads x: the queries, or what they are compressed to, and the latents. The latters' norm is not waited for before
+    // attention, so that threads have work left while the queries' is computed.
     const moray_matrix &first = l.q_rank ? l.q_a : l.q_b;
     linear(first, job.x, l.hidden, tokens, l.q_rank ? job.q_low : job.q, first.rows, stage[1]);
     linear(l.kv_a, job.x, l.hidden, tokens, job.latent, row, stage[2]);
     moray::wait_for(stage[1], groups_in(first));
-    moray::wait_for(stage[2], groups_in(l.kv_a));
-
-    moray::share(stage[3], tokens, [&](int t) {
-        if (l.q_rank) {
+    if (l.q_rank) {
+        moray::share(stage[3], tokens, [&](int t) {
             bf16 *low = job.q_low + static_cast<int64_t>(t) * l.q_rank;
             rms_norm(low, l.q_norm, l.q_rank, l.eps, low);
-        }
+        });
+        moray::wait_for(stage[3], tokens);
+        linear(l.q_b, job.q_low, l.q_rank, tokens, job.q, q_width, stage[4]);
+    }
+    moray::wait_for(stage[2], groups_in(l.kv_a));
+    moray::share(stage[5], tokens, [&](int t) {
         const bf16 *latent = job.latent + t * row;
         bf16 *cached = job.cache + b.cache_rows[t] * row;
         rms_norm(latent, l.kv_norm, l.kv_rank, l.eps, cached);
         rotate(latent + l.kv_rank, b.rotation + static_cast<int64_t>(t) * l.rope, l.rope, cached + l.kv_rank);
     });
-    moray::wait_for(stage[3], tokens);
-
-    if (l.q_rank) {
-        linear(l.q_b, job.q_low, l.q_rank, tokens, job.q, q_width, stage[4]);
-        moray::wait_for(stage[4], groups_in(l.q_b));
-    }
+    if (l.q_rank) moray::wait_for(stage[4], groups_in(l.q_b));
 
     const int absorbing = groups_in(l.key_up[0]);
-    moray::share(stage[5], l.heads * absorbing, [&](int piece) {
+    moray::share(stage[6], l.heads * absorbing, [&](int piece) {
         const int head = piece / absorbing;
         const bf16 *q = job.q + static_cast<int64_t>(head) * head_width;
         bf16 *to = job.queries + head * row;
@@ -159,32 +164,35 @@ static void layer_task(void *argument) {
             l.key_up[head], piece % absorbing, tokens, [&](int t) { return q + t * q_width; },
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(to + t * l.heads * row + at, totals, outputs);
-            });
+            },
+            start_of_piece(l.key_up, l.heads, piece + 1));
     });
-    moray::wait_for(stage[5], l.heads * absorbing);
+    moray::wait_for(stage[6], l.heads * absorbing);
+    moray::wait_for(stage[5], tokens);
 
     const AttentionJob attention = {&l, &b, job.queries, job.cache, job.attended};
-    moray::share(stage[6], job.piece_count, [&](int piece) { attend(attention, job.pieces[piece]); });
-    moray::wait_for(stage[6], job.piece_count);
+    moray::share(stage[7], job.piece_count, [&](int piece) { attend(attention, job.pieces[piece]); });
+    moray::wait_for(stage[7], job.piece_count);
 
     const int raising = groups_in(l.value_up[0]);
     const int64_t attended_width = static_cast<int64_t>(l.heads) * l.kv_rank;
     const int64_t context_width = static_cast<int64_t>(l.heads) * l.value;
-    moray::share(stage[7], l.heads * raising, [&](int piece) {
+    moray::share(stage[8], l.heads * raising, [&](int piece) {
         const int head = piece / raising;
         multiply_group(
             l.value_up[head], piece % raising, tokens,
             [&](int t) { return job.attended + t * attended_width + head * l.kv_rank; },
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(job.context + t * context_width + head * l.value + at, totals, outputs);
-            });
+            },
+            start_of_piece(l.value_up, l.heads, piece + 1));
     });
-    moray::wait_for(stage[7], l.heads * raising);
+    moray::wait_for(stage[8], l.heads * raising);
 
-    linear(l.o, job.context, context_width, tokens, job.out, l.hidden, stage[8]);
-    moray::wait_for(stage[8], groups_in(l.o));
+    linear(l.o, job.context, context_width, tokens, job.out, l.hidden, stage[9]);
+    moray::wait_for(stage[9], groups_in(l.o));
 
-    moray::share(stage[9], tokens, [&](int t) {
+    moray::share(stage[10], tokens, [&](int t) {
         bf16 *hidden = job.hidden + t * hidden_size;
         const bf16 *out = job.out + t * hidden_size;
         int i = 0;
@@ -192,25 +200,25 @@ static void layer_task(void *argument) {
         for (; i < l.hidden; i++) hidden[i] = narrow(widen(hidden[i]) + widen(out[i]));
         rms_norm(hidden, l.feed_forward_norm, l.hidden, l.eps, job.normed + t * hidden_size);
     });
-    moray::wait_for(stage[9], tokens);
+    moray::wait_for(stage[10], tokens);
     if (!l.experts) return;
 
-    moray::share(stage[10], groups_in(l.gate), [&](int group) {
+    moray::share(stage[11], groups_in(l.gate), [&](int group) {
         multiply_group(
             l.gate, group, tokens, [&](int t) { return job.normed + t * hidden_size; },
             [&](int t, int at, int outputs, const float *totals) {
                 memcpy(job.logits + static_cast<int64_t>(t) * l.experts + at, totals, sizeof(float) * outputs);
             });
     });
-    moray::wait_for(stage[10], groups_in(l.gate));
+    moray::wait_for(stage[11], groups_in(l.gate));
 
     float *room = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * 4 * l.experts));
-    moray::share(stage[11], tokens, [&](int t) {
+    moray::share(stage[12], tokens, [&](int t) {
         select_experts(l, job.logits + static_cast<int64_t>(t) * l.experts, room, room + l.experts,
                        reinterpret_cast<uint8_t *>(room + 2 * l.experts), job.topk_ids + static_cast<int64_t>(t) * l.top_k,
                        job.topk_weights + static_cast<int64_t>(t) * l.top_k);
     });
-    moray::wait_for(stage[11], tokens);
+    moray::wait_for(stage[12], tokens);
 }
 
 // Pieces of about equal size, so many that every thread gets some.

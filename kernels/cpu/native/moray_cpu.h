@@ -15,8 +15,11 @@ typedef uint16_t moray_bf16;
 
 enum { MORAY_E4M3 = 0, MORAY_BF16 = 1, MORAY_F32 = 2 };   // kinds of elements
 
-// A matrix [rows, cols] that rows of activations are multiplied with (transposed), packed by moray_pack. Tiles of 16 rows
-// lie one after the other; within a tile 64 bytes hold `step` columns of all 16 rows: 4 of e4m3, 2 of bf16, 1 of fp32.
+// A matrix [rows, cols] that rows of activations are multiplied with (transposed), packed by moray_pack. 64 bytes hold a few
+// columns of a tile of 16 rows: 4 of e4m3, 2 of bf16, 1 of fp32. Four tiles (the last ones: fewer) are a group: the first such
+// columns of each of them, the next ones of each, and so on, to be read from the first byte to the last. Groups lie one after
+// the other.
+enum { MORAY_TILE = 16, MORAY_GROUP = 4 };
 typedef struct {
     const void *data;
     const float *scales;  // [ceil(rows / 128), ceil(cols / 128)] of e4m3; NULL for the others

@@ -17,6 +17,8 @@ namespace {
 
 constexpr int MAX_THREADS = 256;
 constexpr int STAGE_SPINS = 2000;  // the last pieces of a stage end within microseconds, or a core is missing
+constexpr int PARTS = 4;           // of its share of what is left, a thread takes a quarter at a time; 1.2 times as fast as
+                                   // piece by piece for one token's experts on Zen 5
 constexpr int32_t OPEN = 1 << 30;
 
 std::atomic<uint32_t> started{0};   // counts regions; workers sleep on it
@@ -134,8 +136,18 @@ void run(Task task, void *argument) {
     pthread_mutex_unlock(&pool_lock);
 }
 
-void did(Stage &stage, int32_t pieces) {
-    if (__atomic_add_fetch(&stage.done, 1, __ATOMIC_SEQ_CST) == pieces && waiting.load())
+int32_t take(Stage &stage, int32_t pieces, int32_t &count) {
+    int32_t taken = __atomic_load_n(&stage.taken, __ATOMIC_RELAXED);
+    do {
+        const int32_t left = pieces - taken, share = left / (PARTS * pool_threads.load(std::memory_order_relaxed));
+        count = left <= 0 ? 0 : share > 1 ? share : 1;
+    } while (count && !__atomic_compare_exchange_n(&stage.taken, &taken, taken + count, true, __ATOMIC_RELAXED,
+                                                   __ATOMIC_RELAXED));
+    return taken;
+}
+
+void did(Stage &stage, int32_t pieces, int32_t count) {
+    if (__atomic_add_fetch(&stage.done, count, __ATOMIC_SEQ_CST) == pieces && waiting.load())
         syscall(SYS_futex, &stage.done, FUTEX_WAKE_PRIVATE, MAX_THREADS, nullptr, nullptr, 0);
 }
 

@@ -20,11 +20,12 @@ struct Stage {
     int32_t taken, done;
 };
 
-// The next piece to do: at least `pieces` once none is left.
-inline int32_t take(Stage &stage) { return __atomic_fetch_add(&stage.taken, 1, __ATOMIC_RELAXED); }
+// The next `count` pieces to do, one after the other, so that what a thread reads lies together: fewer the fewer are left, for
+// all threads to end at the same time; none once all are taken.
+int32_t take(Stage &stage, int32_t pieces, int32_t &count);
 
-// One piece out of so many is done, and what it wrote may be read by whoever waits for all.
-void did(Stage &stage, int32_t pieces);
+// So many pieces are done, and what they wrote may be read by whoever waits for all.
+void did(Stage &stage, int32_t pieces, int32_t count = 1);
 
 // Returns when all pieces are done.
 void wait_for(Stage &stage, int32_t pieces);
@@ -32,9 +33,12 @@ void wait_for(Stage &stage, int32_t pieces);
 // Does piece after piece, until all are done, by this thread or others.
 template <typename Work>
 inline __attribute__((always_inline)) void share(Stage &stage, int32_t pieces, Work work) {
-    for (int32_t piece; (piece = take(stage)) < pieces;) {
-        work(piece);
-        did(stage, pieces);
+    int32_t count;
+    for (;;) {
+        const int32_t first = take(stage, pieces, count);
+        if (!count) return;
+        for (int32_t piece = first; piece < first + count; piece++) work(piece);
+        did(stage, pieces, count);
     }
 }
 

@@ -57,7 +57,7 @@ def test_pairs_go_through_their_experts(instructions: Instructions, kind: torch.
 
 
 def test_gate_and_up_of_ragged_groups_stay_together(instructions: Instructions) -> None:
-    """Five tiles of the intermediate size: the last group has one of the gate and one of the up projection."""
+    """Five tiles of the intermediate size: the up projection's begin within a group, whose first one is the gate's last."""
     by_slot, x = experts(torch.bfloat16, (0,), intermediate=80), hidden(3)
     expected = by_formula(x, by_slot[0])
     assert (swiglu_mlp(x, by_slot[0]).double() - expected).abs().max() <= 2**-7 * expected.abs().max()
