@@ -24,13 +24,16 @@ INLINE void rms_norm(const bf16 *x, const bf16 *weight, int width, float eps, bf
     for (; c < width; c++) out[c] = narrow(widen(weight[c]) * widen(narrow(widen(x[c]) * scale)));
 }
 
-// Pairs (x0, x1), (x2, x3), ... turned by the token's angles.
+// Pairs (x0, x1), (x2, x3), ... turned by the token's angles; not in place. In two loops: where differences and sums stand side
+// by side, GCC 12 makes one fused instruction of them and the products, in spite of -ffp-contract=off, and other bits.
 INLINE void rotate(const bf16 *x, const float *rotation, int width, bf16 *out) {
     for (int i = 0; i < width; i += 2) {
-        const float even = widen(x[i]), odd = widen(x[i + 1]), cosine = rotation[i], sine = rotation[i + 1];
-        const float a = even * cosine, b = odd * sine, c = even * sine, d = odd * cosine;
+        const float a = widen(x[i]) * rotation[i], b = widen(x[i + 1]) * rotation[i + 1];
         out[i] = narrow(a - b);
-        out[i + 1] = narrow(c + d);
+    }
+    for (int i = 0; i < width; i += 2) {
+        const float a = widen(x[i]) * rotation[i + 1], b = widen(x[i + 1]) * rotation[i];
+        out[i + 1] = narrow(a + b);
     }
 }
 
