@@ -43,7 +43,7 @@ def test_one_step_that_was_held_up_moves_little() -> None:
 
 def test_there_is_always_room_for_one_and_a_few_tokens() -> None:
     pace = learnt(StepPace(0.001), 0.004, 0.0002, 0.00005)
-    assert (pace.sequences(), pace.prompt_tokens(1)) == (1, 16)
+    assert (pace.sequences(), pace.prompt_tokens(1)) == (1, 4)
 
 
 def test_nothing_is_bounded_by_what_is_not_known() -> None:

@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import ctypes
 import json
+import math
 import mmap
 import os
 import pstats
@@ -30,11 +32,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from moray.actors import expert_host
+from moray.actors import expert_host, expert_table
 from moray.actors.deadline import Deadline
 from moray.actors.expert_dispatch import ExpertDispatch
 from moray.actors.expert_host import ExpertHost
@@ -42,7 +47,9 @@ from moray.actors.links import LinkAddress, dial
 from moray.actors.placement_table import PlacementTable
 from moray.kernels.combine import combine_reference
 from moray.kernels.cpu.library import set_threads
+from moray.kernels.cpu.matrix import pack
 from moray.kernels.experts import MlpWeights
+from moray.kernels.packed import TILE
 from moray.model.compute import Compute
 
 SECRET = b"only for this benchmark"
@@ -50,6 +57,34 @@ HOSTS, EXPERTS, TOP_K, LAYER = 2, 64, 8, 3
 RAW_BYTES = 64 << 20
 PATIENCE_S = 30.0
 _DOORBELL = struct.Struct("<QQ")
+
+
+_EXPERTS = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    *(
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+    ),  # x, tokens, rows, slots, pairs
+    *(ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p),  # MLPs, slots, out
+)
+
+
+def copying(hidden: int) -> Any:
+    """What a host's native loop calls in place of the kernel: gives each pair its hidden state [hidden] bf16 back."""
+
+    def array(address: int, dtype: type, *shape: int) -> npt.NDArray[Any]:
+        memory = (ctypes.c_uint8 * (math.prod(shape) * np.dtype(dtype).itemsize)).from_address(address)
+        return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+    def copy(x: int, tokens: int, rows: int, _slots: int, pairs: int, _mlps: int, _num_slots: int, out: int) -> int:
+        states, row_of_pair = array(x, np.uint16, tokens, hidden), array(rows, np.int32, pairs)
+        np.take(states, row_of_pair, axis=0, out=array(out, np.uint16, pairs, hidden), mode="clip")
+        return 0
+
+    return _EXPERTS(copy)
 
 
 def serve(index: int, hidden: int, threads: int) -> None:
@@ -61,9 +96,13 @@ def serve(index: int, hidden: int, threads: int) -> None:
             return x.index_select(0, rows)
         return torch.index_select(x, 0, rows, out=out)
 
+    natively_copied = copying(hidden)
+    address_of_copying = ctypes.cast(natively_copied, ctypes.c_void_p).value
     vars(expert_host)["grouped_mlp"] = copied
-    host = ExpertHost(f"expert-host-{index}", compute=Compute.on_cpu(torch.bfloat16))
-    nothing = MlpWeights(torch.zeros(2, hidden, dtype=torch.bfloat16), torch.zeros(hidden, 1, dtype=torch.bfloat16))
+    vars(expert_table)["loaded"] = lambda: SimpleNamespace(grouped_mlp_address=address_of_copying)
+    host = ExpertHost(f"expert-host-{index}", compute=Compute.native())
+    gate_up = pack(torch.zeros(2 * TILE, hidden, dtype=torch.bfloat16))
+    nothing = MlpWeights(gate_up, pack(torch.zeros(hidden, TILE, dtype=torch.bfloat16)))
     held = list(range(index, EXPERTS, HOSTS))
     with host._held.loading(1) as loading:
         host._held.add(loading, [LAYER], [held], {(LAYER, expert): nothing for expert in held})

@@ -159,6 +159,9 @@ def test_what_cpus_compute_with(monkeypatch: pytest.MonkeyPatch) -> None:
     found = kernel_paths()[-1]
     assert (found.kernel, found.path) == ("cpu", "native")
     assert library.best.name in found.why
+    assert "loop" not in found.why
+    monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.host_library", lambda: None)
+    assert "without the native loop" in kernel_paths()[-1].why
     monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.native", lambda: None)
     found = kernel_paths()[-1]
     assert (found.path, "install one, then Moray again" in found.why) == ("torch", True)
