@@ -332,6 +332,20 @@ static void combine_task(void *argument) {
         const float *weights = job.weights + static_cast<int64_t>(t) * job.top_k;
         float *out = job.out + static_cast<int64_t>(t) * job.width;
         int i = 0;
+        // Whole cache lines of one output after the other: 16 columns at a time took 1.7 times as long (64 x 8 rows of 7168, Zen 5).
+        for (; i + 4 * TILE <= job.width; i += 4 * TILE) {
+            Floats total[4];
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++) total[part] = widen16(outputs[0] + i + part * TILE) * all(weights[0]);
+            for (int k = 1; k < job.top_k; k++) {
+                const bf16 *output = outputs[k] + i;
+                const Floats weight = all(weights[k]);
+#pragma GCC unroll 4
+                for (int part = 0; part < 4; part++) total[part] = total[part] + widen16(output + part * TILE) * weight;
+            }
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; part++) store(out + i + part * TILE, total[part]);
+        }
         for (; i + TILE <= job.width; i += TILE) {
             Floats total = widen16(outputs[0] + i) * all(weights[0]);
             for (int k = 1; k < job.top_k; k++) total = total + widen16(outputs[k] + i) * all(weights[k]);
