@@ -137,6 +137,8 @@ _STEP = ("step", "step_token", "step_row", "admission")
 _LAYER = ("layer", "layer_token", "layer_position", "layer_row", "layer_page", "shared", "shared_token")
 _LINKS = ("exchange", "frame", "frame_byte", "choice")
 _HOSTS = ("host", "host_expert", "host_pair")
+_SERVED = ("step", "step_row", "admission")
+"""Of a router: what a front is told for each row, and what a request costs, show in full in a server alone."""
 
 
 def served_constants(
@@ -165,9 +167,8 @@ def served_constants(
         router_s, host_s = _expected(run, alone, parts)
         router_cpu = (run.router_cpu - idle.router_cpu / idle.seconds * run.seconds) / steps
         host_cpu = (run.host_cpu - idle.host_cpu / idle.seconds * run.seconds) / steps
-        # What a front is told for each row, and what a request costs, no part by itself shows in full.
-        more = {"step": 1.0, "step_row": run.tokens / steps, "admission": run.requests / steps}
-        routers.append((_times(router_s, crowd) | more, router_cpu))
+        served = {"step": 1.0, "step_row": run.tokens / steps, "admission": run.requests / steps}
+        routers.append((_times(router_s, crowd) | served, router_cpu))
         pairs = len(parts.config.moe_layers) * (run.tokens + run.prompts) / steps * parts.config.num_experts_per_tok
         hosts.append((_times(host_s, crowd) | {"host_pair": pairs}, host_cpu))
     front, missed_front = fit(fronts)
@@ -175,8 +176,9 @@ def served_constants(
     host, missed_host = fit(hosts)
     constants = {name: getattr(alone, name) * router["times"] for name in (*_STEP, *_LAYER, *_LINKS)}
     constants |= {name: getattr(alone, name) * host["times"] for name in _HOSTS}
-    for name, extra in [*((name, router[name]) for name in more), ("host_pair", host["host_pair"])]:
-        constants[name] += extra
+    for name in _SERVED:
+        constants[name] += router[name]
+    constants["host_pair"] += host["host_pair"]
     constants |= {"background": background, "wake": _wake(runs, len(parts.config.moe_layers))}
     for name, fitted in (("router_process", router), ("host_process", host)):
         constants[name] = fitted["process"] / fitted["times"] if fitted.get("process") and fitted["times"] else 0.0

@@ -75,13 +75,15 @@ _EXPERTS = ctypes.CFUNCTYPE(
 def copying(hidden: int) -> Any:
     """What a host's native loop calls in place of the kernel: gives each pair its hidden state [hidden] bf16 back."""
 
-    def array(address: int, dtype: type, *shape: int) -> npt.NDArray[Any]:
-        memory = (ctypes.c_uint8 * (math.prod(shape) * np.dtype(dtype).itemsize)).from_address(address)
-        return np.frombuffer(memory, dtype=dtype).reshape(shape)
+    def array(address: int, kind: str, *shape: int) -> npt.NDArray[Any]:
+        dtype = np.dtype(kind)
+        memory = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address)
+        found: npt.NDArray[Any] = np.frombuffer(memoryview(memory), dtype=dtype)
+        return found.reshape(shape)
 
     def copy(x: int, tokens: int, rows: int, _slots: int, pairs: int, _mlps: int, _num_slots: int, out: int) -> int:
-        states, row_of_pair = array(x, np.uint16, tokens, hidden), array(rows, np.int32, pairs)
-        np.take(states, row_of_pair, axis=0, out=array(out, np.uint16, pairs, hidden), mode="clip")
+        states, row_of_pair = array(x, "u2", tokens, hidden), array(rows, "i4", pairs)
+        np.take(states, row_of_pair, axis=0, out=array(out, "u2", pairs, hidden), mode="clip")
         return 0
 
     return _EXPERTS(copy)
