@@ -318,7 +318,8 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def ask(controller: Controller, at: Callable[[int], None] = lambda tokens: None) -> list[TokenOutput]:
-    """One greedy answer through a front; `at` is called with the number of tokens that have arrived."""
+    """One greedy answer through a front; `at` is called with every number of tokens that have arrived, from 1 on: several may
+    come at once."""
 
     async def directory() -> Mapping[str, str]:
         return controller.directory().routers
@@ -332,8 +333,10 @@ def ask(controller: Controller, at: Callable[[int], None] = lambda tokens: None)
         await client.connect()
         outputs = []
         async for output in client.generate(GenerateRequest("r", PROMPT, SamplingParams(40, temperature=0.0))):
+            before = len(tokens(outputs))
             outputs.append(output)
-            await asyncio.to_thread(at, len(tokens(outputs)))
+            for count in range(before + 1, len(tokens(outputs)) + 1):
+                await asyncio.to_thread(at, count)
         await client.aclose()
         return outputs
 
