@@ -331,7 +331,7 @@ def ask(controller: Controller, at: Callable[[int], None] = lambda tokens: None)
         secret = controller.directory().secret
         client = ClusterClient(directory, describe, secret=secret, front_id="front-0", restore_timeout_s=20.0)
         await client.connect()
-        outputs = []
+        outputs: list[TokenOutput] = []
         async for output in client.generate(GenerateRequest("r", PROMPT, SamplingParams(40, temperature=0.0))):
             before = len(tokens(outputs))
             outputs.append(output)
