@@ -199,6 +199,6 @@ def test_closing_a_stream_cancels_and_a_closed_loop_hurts_nobody(cluster: LocalC
     async def last() -> list[TokenOutput]:
         return [output async for output in LocalEngine(cluster.router, cluster.status).generate(request("last"))]
 
-    assert len(asyncio.run(last())) == 6
+    assert sum(len(output.token_ids) for output in asyncio.run(last())) == 6
     assert cluster.router.stats().requests_cancelled == 5
     assert cluster.router.pool.in_use == 0
