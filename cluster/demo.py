@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 
 import httpx
@@ -34,9 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server = subprocess.Popen(
         [sys.executable, "-m", "moray.cluster.cli", "serve", "tiny-r1", "--experts", "2", "--port", str(options.port)],
         start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    ready = threading.Event()
+    speaker = threading.Thread(target=_pass_on, args=(server, ready), daemon=True)
+    speaker.start()
     try:
-        _wait_until_ready(server, url)
+        _wait_until_ready(server, ready)
         right = _ask(url)
         if right and not options.once:
             print(_invitation(url), flush=True)
@@ -46,20 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     finally:
         _stop(server)
+        speaker.join(1.0)  # for its last line
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
+def _pass_on(server: subprocess.Popen[str], ready: threading.Event) -> None:
+    """Show what the server says, and notice when it says that it is ready."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        print(line, end="", flush=True)
+        if "ready: " in line:
+            ready.set()
+
+
+def _wait_until_ready(server: subprocess.Popen[str], ready: threading.Event) -> None:
     deadline = Deadline.after(_READY_TIMEOUT_S)
-    while not deadline.passed:
+    while not ready.wait(0.2):
         if server.poll() is not None:
             sys.exit(f"demo: the server ended with status {server.returncode}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5.0, trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    sys.exit(f"demo: the server was not ready after {_READY_TIMEOUT_S:.0f} s")
+        if deadline.passed:
+            sys.exit(f"demo: the server was not ready after {_READY_TIMEOUT_S:.0f} s")
 
 
 def _ask(url: str) -> bool:
@@ -85,7 +95,7 @@ def _invitation(url: str) -> str:
     )
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
+def _stop(server: subprocess.Popen[str]) -> None:
     if server.poll() is None:
         server.send_signal(signal.SIGINT)
         try:
