@@ -6,6 +6,7 @@ experts of 1.6 MB); here it costs about 10.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from ctypes import byref
@@ -15,10 +16,13 @@ from .expert_table import ExpertTable
 from .links.base import Link
 from .native_library import HostLibrary, LinkState, Outcome
 
+logger = logging.getLogger("moray.expert_host")
+
 _CALL_MS = 1000
 """A call ends after so long even if nothing has come up, for its caller to see whether the host stops."""
 
-_TURN_ROUND_MS = 1000
+_TURN_ROUND_MS = 10_000
+"""A wait for the turn says so, and goes on, as often: no computation takes so long."""
 
 
 class ComputeTurn:
@@ -47,7 +51,7 @@ class ComputeTurn:
             self._lock.acquire()
             return
         while not self._library.take_turn(self.native, _TURN_ROUND_MS):
-            pass
+            logger.warning("event=waits_for_turn another computation has it for more than %d s", _TURN_ROUND_MS // 1000)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -13,7 +13,8 @@ import logging
 import threading
 from ctypes import POINTER, Structure, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from enum import IntEnum
-from typing import Any
+
+from ..kernels.cpu.library import declared
 
 logger = logging.getLogger("moray.expert_host")
 
@@ -71,22 +72,16 @@ class HostLibrary:
 
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
-        self.new_turn = _function(library, "moray_turn_new", c_void_p)
-        self.free_turn = _function(library, "moray_turn_free", None, c_void_p)
-        self.take_turn = _function(library, "moray_turn_take", c_int, c_void_p, c_int32)
-        self.give_turn_back = _function(library, "moray_turn_give_back", None, c_void_p)
-        self.busy_ns = _function(library, "moray_turn_busy_ns", c_int64, c_void_p)
-        self.pairs = _function(library, "moray_turn_pairs", c_int64, c_void_p)
-        self.frames = _function(library, "moray_turn_frames", c_int64, c_void_p)
-        self.serve_experts = _function(
+        self.new_turn = declared(library, "moray_turn_new", c_void_p)
+        self.free_turn = declared(library, "moray_turn_free", None, c_void_p)
+        self.take_turn = declared(library, "moray_turn_take", c_int, c_void_p, c_int32)
+        self.give_turn_back = declared(library, "moray_turn_give_back", None, c_void_p)
+        self.busy_ns = declared(library, "moray_turn_busy_ns", c_int64, c_void_p)
+        self.pairs = declared(library, "moray_turn_pairs", c_int64, c_void_p)
+        self.frames = declared(library, "moray_turn_frames", c_int64, c_void_p)
+        self.serve_experts = declared(
             library, "moray_serve_experts", c_int, POINTER(LinkState), POINTER(Table), c_void_p, c_int32
         )
-
-
-def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
-    function = library[name]
-    function.restype, function.argtypes = result, arguments
-    return function
 
 
 _lock = threading.Lock()

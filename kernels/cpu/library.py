@@ -82,18 +82,18 @@ class NativeLibrary:
     def __init__(self, path: str) -> None:
         library = ctypes.CDLL(path)
         self.path = path
-        self._best = _function(library, "moray_cpu_best", c_int)
-        self._use = _function(library, "moray_cpu_use", c_int, c_int)
-        self._used = _function(library, "moray_cpu_used", c_int)
-        self._set_threads = _function(library, "moray_set_threads", c_int, c_int, c_int)
-        self._threads = _function(library, "moray_threads", c_int)
-        self.packed_bytes = _function(library, "moray_packed_bytes", c_int64, c_int32, c_int32, c_int32)
-        self.pack = _function(
+        self._best = declared(library, "moray_cpu_best", c_int)
+        self._use = declared(library, "moray_cpu_use", c_int, c_int)
+        self._used = declared(library, "moray_cpu_used", c_int)
+        self._set_threads = declared(library, "moray_set_threads", c_int, c_int, c_int)
+        self._threads = declared(library, "moray_threads", c_int)
+        self.packed_bytes = declared(library, "moray_packed_bytes", c_int64, c_int32, c_int32, c_int32)
+        self.pack = declared(
             library, "moray_pack", None, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p
         )  # source, stride, rows, columns, kind, packed
-        self.linear = _function(library, "moray_linear", None, c_void_p, c_int32, c_void_p, c_void_p, c_int)
-        self.swiglu = _function(library, "moray_swiglu", None, c_void_p, c_int32, c_void_p, c_void_p)
-        self.grouped_mlp = _function(
+        self.linear = declared(library, "moray_linear", None, c_void_p, c_int32, c_void_p, c_void_p, c_int)
+        self.swiglu = declared(library, "moray_swiglu", None, c_void_p, c_int32, c_void_p, c_void_p)
+        self.grouped_mlp = declared(
             library,
             "moray_grouped_mlp",
             c_int,
@@ -101,11 +101,9 @@ class NativeLibrary:
             *(c_void_p, c_int32, c_void_p),  # MLPs, slots, out
         )
         self.grouped_mlp_address = ctypes.cast(self.grouped_mlp, c_void_p).value  # for native code of others
-        self.attention = _function(library, "moray_attention", None, *(c_void_p,) * 7)
-        self.add = _function(library, "moray_add", None, c_void_p, c_void_p, c_void_p, c_int64)
-        self.combine = _function(
-            library, "moray_combine", None, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p
-        )
+        self.attention = declared(library, "moray_attention", None, *(c_void_p,) * 7)
+        self.add = declared(library, "moray_add", None, c_void_p, c_void_p, c_void_p, c_int64)
+        self.combine = declared(library, "moray_combine", None, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
         self.use(self.best)
 
     @property
@@ -143,7 +141,8 @@ class NativeLibrary:
             raise ValueError(f"{threads} threads that spin for {spin_us} us: must be 1 to 256, and 0 to 1000000")
 
 
-def _function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+def declared(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+    """A library's function with the types of its result and arguments."""
     function = library[name]
     function.restype, function.argtypes = result, arguments
     return function

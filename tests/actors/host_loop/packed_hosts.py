@@ -94,7 +94,7 @@ def warm(host: ExpertHost) -> Iterator[Any]:
         yield link
 
 
-def wait_for_links(host: ExpertHost) -> list[Link]:
+def wait_for_links(host: ExpertHost) -> list[Any]:
     wait_until(lambda: len(host._links) == 1)
     return list(host._links)
 

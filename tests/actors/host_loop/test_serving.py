@@ -178,7 +178,7 @@ def test_stopping_ends_a_native_wait_at_once(host: ExpertHost) -> None:
         host.stop()
         assert time.monotonic() - began < 0.9  # a call that nothing interrupts takes a second
         assert not any(thread.is_alive() for thread in host._threads)
-        assert host_end._sock.fileno() == -1  # type: ignore[attr-defined]
+        assert host_end._sock.fileno() == -1
         with pytest.raises(PeerDiedError):
             link.recv(deadline=patience())
 
@@ -262,7 +262,9 @@ def test_what_is_retired_is_freed_soon(host: ExpertHost, checkpoint: Path, traff
     with warm(host) as link:
         host.load(checkpoint, ((2, 3), (5,)), epoch=4)
         ask(link, work())
-        retired = [weakref.ref(host._held.layer(EPOCH, layer)[0].gate_up.tiles) for layer in (1, 2)]  # type: ignore[union-attr]
+        packed: list[Any] = [host._held.layer(EPOCH, layer)[0].gate_up for layer in (1, 2)]
+        retired = [weakref.ref(weight.tiles) for weight in packed]
+        del packed
         tensors, head = work(slots=2), header(epoch=4)
         ask(link, tensors, head)
         host.retire(4)
