@@ -21,8 +21,9 @@ _DECODING_SHARE = 0.7
 
 _LEAST_PROMPT_TOKENS = 4
 """So many prompt tokens a step are computed in any case, as prompts must move. Hardly more: each brings experts of its own into
-a small step (of 64, top-8: 4 tokens 27, 16 tokens 57). With 16, the 99th percentile of the time between tokens under overload
-was 2.2 times that of one stream alone, with 4 it is 1.7 (`tests/bench/overload.py`, mid)."""
+a small step (of 64, top-8: 4 tokens 27, 16 tokens 57). Under overload the 99th percentile of the time
+between tokens was 2.2 times that of one stream alone with 16 (a minute, aim 0.6), 1.96 with 4 (ten, aim 0.5; mid, on
+`tests/bench/overload.py`)."""
 
 
 class StepPace:
