@@ -19,6 +19,7 @@ from ..configs.errors import ExpertsUnavailableError, LinkError, PeerTimeoutErro
 from .host_line import HostLine
 from .links.base import Link
 from .moe_frames import Kind, MoeHeader
+from .native_exchange import NativeExchange
 from .pending_experts import PendingExperts, Share
 from .placement_table import PlacementTable, is_cold
 from .replica_choice import choose_replicas
@@ -50,6 +51,7 @@ class ExpertDispatch:
         table: the placement to start with.
         links: host id -> link; hosts of the table without one count as unreachable.
         reply_timeout_s: a host silent for this long with work in hand is given up, also where no other has its experts.
+        exchange: does the ordinary layers of a step natively, where hidden states are bf16 in this machine's memory.
         clock: in seconds; lateness is measured on it.
 
     Attributes:
@@ -66,10 +68,12 @@ class ExpertDispatch:
         links: Mapping[str, Link],
         *,
         reply_timeout_s: float = 10.0,
+        exchange: NativeExchange | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.table = table
         self._reply_timeout_s = reply_timeout_s
+        self._exchange = exchange
         self._clock = clock
         self._lines = {host: self._line(host, link) for host, link in links.items()}
         self._answered = dict.fromkeys(table.slots, 0)
@@ -88,6 +92,7 @@ class ExpertDispatch:
 
         A link to a host that has left the table meanwhile is closed at once.
         """
+        self._settle()
         self._set_link(host, link)
         self._look_for_unreachable()
 
@@ -96,6 +101,7 @@ class ExpertDispatch:
 
         Call between steps only: a layer's work and its replies belong to one epoch.
         """
+        self._settle()
         assert table.epoch > self.table.epoch, (table.epoch, self.table.epoch)
         assert (table.layers, table.experts) == self.expert_tokens.shape, "of the same model"
         self.table = table
@@ -170,7 +176,8 @@ class ExpertDispatch:
         claim = PendingExperts(
             layer, self.table.epoch, hidden_states, topk_ids.cpu(), topk_weights, all_experts=self.table.experts
         )
-        self._cover(claim)
+        if not self._ask_natively(claim):
+            self._cover(claim)
         return claim
 
     def finish(self, pending: PendingExperts) -> torch.Tensor:
@@ -183,6 +190,9 @@ class ExpertDispatch:
         started = time.perf_counter()
         try:
             try:
+                result = self._collect_natively(pending)
+                if result is not None:
+                    return result
                 while pending.left:
                     if not self._collect(pending):
                         self._attend()
@@ -193,6 +203,48 @@ class ExpertDispatch:
             return pending.result()
         finally:
             pending.close()
+
+    def _ask_natively(self, claim: PendingExperts) -> bool:
+        """Ask for all pairs of a claim without the interpreter, where that is all there is to do; whether it was done."""
+        states, exchange = claim.hidden_states, self._exchange
+        if exchange is None or states.dtype != torch.bfloat16 or states.device.type != "cpu":
+            return False
+        if not all(line.idle for line in self._lines.values()):
+            return False  # replies come in order, and those to others are taken below
+        routes = self._routes.of_layer(claim.layer, self._askable(claim, IF_NEED_BE))
+        if not (routes.complete and routes.first_address):
+            return False
+        keys = None
+        if not routes.single:
+            keys = routes.keys[
+                choose_replicas(claim.experts, routes.hosts, routes.count, load=claim.load), claim.experts
+            ]
+        lines = [self._lines.get(host) for host in self._routes.hosts]
+        self._sequence = exchange.ask(claim, lines, routes, keys, sequence=self._sequence, now=self._clock())
+        if not exchange.all_asked:
+            self._settle()
+        return exchange.claim is claim
+
+    def _collect_natively(self, claim: PendingExperts) -> torch.Tensor | None:
+        """What was asked for natively, summed; None if there is nothing of it, or it is for `_collect` to go on with."""
+        exchange = self._exchange
+        if exchange is None or exchange.claim is not claim:
+            return None
+        layer = claim.layer - self.table.first_layer
+        out = exchange.collect(self.expert_tokens.ctypes.data + layer * self.expert_tokens.strides[0])
+        if out is None:
+            self._settle()
+            return None
+        for line, pairs, seconds in exchange.answers():
+            line.answered(pairs, seconds)
+            self._answered[line.host] += pairs
+            self.broken.pop(line.host, None)
+        return out
+
+    def _settle(self) -> None:
+        """Go on here with what was asked for natively."""
+        if self._exchange is not None:
+            self._exchange.hand_over()
 
     def _collect(self, claim: PendingExperts) -> bool:
         """Take a reply of each host that is asked for open pairs; False as soon as one is not what it should be.
@@ -205,6 +257,7 @@ class ExpertDispatch:
 
     def _attend(self) -> None:
         """Take what has arrived from hosts that owe something, and judge those that go on to owe it. Never waits."""
+        self._settle()
         for line in list(self._lines.values()):
             while line.owed and self._receive(line, 0.0):
                 pass

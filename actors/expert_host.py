@@ -29,7 +29,7 @@ from .links.base import TensorForm
 from .links.wire import MAX_PAYLOAD_BYTES
 from .model_files import ModelFiles
 from .moe_frames import Kind, MoeHeader, check_pairs
-from .native_library import host_library
+from .native_library import actors_library
 from .placement_table import EMPTY
 from .reports import HostReport
 from .weight_copy import Sources, give
@@ -67,7 +67,7 @@ class ExpertHost:
         self.compute = compute
         self._files = ModelFiles()
         self._held = HeldExperts()
-        library = host_library() if compute.packed else None
+        library = actors_library() if compute.packed else None
         self._one_at_a_time = ComputeTurn(library)
         self._loop = None
         if library is not None:

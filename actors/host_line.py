@@ -111,10 +111,24 @@ class HostLine:
             claim, deadline = share.claim, Deadline.after(self._reply_timeout_s)
             header = MoeHeader(Kind.WORK, claim.layer, claim.epoch, share.sequence).pack()
             self.link.send(header, claim.frame(share, self.link, deadline=deadline), deadline=deadline)
-            share.sent_at = self._clock()
-            self.owed.append(share)
-            if len(self.owed) == 1:
-                self._wait_for_first(share.sent_at)
+            self.was_sent(share, self._clock())
+
+    def was_sent(self, share: Share, at: float) -> None:
+        """A share has been sent; by others, while nothing was queued here."""
+        share.sent_at = at
+        self.owed.append(share)
+        if len(self.owed) == 1:
+            self._wait_for_first(at)
+
+    def answered(self, pairs: int, seconds: float) -> None:
+        """A reply for so many pairs took so long, by itself."""
+        self.last_s = seconds
+        self.latency.record(pairs, seconds)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the host owes nothing, and nothing is to be sent to it."""
+        return not self.owed and not self._queued
 
     def receive(self, wait_s: float) -> tuple[Share, MoeHeader, tuple[torch.Tensor, ...]] | None:
         """The next reply and the share it answers; None if it does not begin to arrive within `wait_s`.
@@ -127,9 +141,7 @@ class HostLine:
         share = self.owed[0]
         if not self.link.wait(deadline=Deadline.after(wait_s)):
             return None
-        if self.lent_to is not None:
-            self.lent_to.keep()
-            self.lent_to = None
+        self.keep_what_is_lent()
         # The rest of a frame follows its beginning at once, unless the host stops right there; and not every link can give
         # up a frame half-way without being lost.
         frame = self.link.recv(deadline=Deadline.after(self._patience_s))
@@ -142,13 +154,19 @@ class HostLine:
         now = self._clock()
         self.last_s = now - self._waiting_since
         if header.kind is Kind.DONE:  # refusing takes no time
-            self.latency.record(len(share.pairs), self.last_s)
+            self.answered(len(share.pairs), self.last_s)
         self.owed.popleft()
         if self.late:
             self.late = False
             self.spare()
         self._wait_for_first(now)
         return share, header, frame.tensors
+
+    def keep_what_is_lent(self) -> None:
+        """Have nobody's answer lie in the link's memory any more: the next one may come."""
+        if self.lent_to is not None:
+            self.lent_to.keep()
+            self.lent_to = None
 
     def spare(self) -> None:
         """It was late, or far slower than others: let those be asked first, for longer each time that it happens again."""

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from .expert_table import ExpertTable
 from .links.base import Link
-from .native_library import HostLibrary, LinkState, Outcome
+from .native_library import ActorsLibrary, LinkState, Outcome
 
 logger = logging.getLogger("moray.expert_host")
 
@@ -35,7 +35,7 @@ class ComputeTurn:
         native: its address for native code; None without a library.
     """
 
-    def __init__(self, library: HostLibrary | None) -> None:
+    def __init__(self, library: ActorsLibrary | None) -> None:
         self._library = library
         self._lock = threading.Lock()
         self.native: int | None = None
@@ -85,7 +85,7 @@ class HostLoop:
         reply_timeout_s: how long a router may take to make room for a reply.
     """
 
-    def __init__(self, library: HostLibrary, turn: ComputeTurn, *, reply_timeout_s: float) -> None:
+    def __init__(self, library: ActorsLibrary, turn: ComputeTurn, *, reply_timeout_s: float) -> None:
         assert turn.native is not None, "a turn that native code can take"
         self._library = library
         self._turn = turn

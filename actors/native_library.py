@@ -1,7 +1,7 @@
-"""The native half of an expert host, described for ctypes: see `native/moray_actors.h`.
+"""The native half of routers and expert hosts, described for ctypes: see `native/moray_actors.h`.
 
 It is built when the package is installed (`ext-modules` in pyproject.toml), beside the CPU kernels, and has no part of torch or
-Python in it. Where it is missing, Python serves every frame, which `host_library()` says once.
+Python in it. Where it is missing, Python serves every frame, which `actors_library()` says once.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from enum import IntEnum
 
 from ..kernels.cpu.library import declared
 
-logger = logging.getLogger("moray.expert_host")
+logger = logging.getLogger("moray.actors")
 
 _PACKET_BYTES = 128
 
 
 class Outcome(IntEnum):
-    """How a call of `serve_experts` has ended; see the header."""
+    """How a native call has ended; see the header."""
 
     QUIET = 0
     LEFT = 1
     UNSENT = 2
     FAILED = 3
+    DONE = 4
 
 
 class LinkState(Structure):
     """`moray_link`."""
+
+    sent: int
+    received: int
+    arrived: int
 
     _fields_ = [
         *((name, c_int32) for name in ("fd", "error", "spin_rest", "spin_next_rest")),
@@ -64,7 +69,35 @@ class Table(Structure):
     ]
 
 
-class HostLibrary:
+class Asked(Structure):
+    """`moray_asked`."""
+
+    _fields_ = [
+        ("link", POINTER(LinkState)),
+        ("sequence", c_uint64),
+        *((name, c_int32) for name in ("begin", "end", "sent", "answered")),
+        *((name, c_int64) for name in ("answer_ns", "sent_ns")),
+        ("packet", c_uint8 * _PACKET_BYTES),
+    ]
+
+
+class Exchange(Structure):
+    """`moray_exchange`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("hidden_states", "experts", "weights")),
+        *((name, c_int32) for name in ("tokens", "hidden", "top_k", "layer")),
+        ("epoch", c_uint32),
+        *((name, c_int32) for name in ("all_experts", "width", "hosts")),
+        ("keys", c_void_p),
+        *((name, c_int32) for name in ("keys_of_pairs", "spin_rest", "spin_next_rest")),
+        ("sequence", c_uint64),
+        ("asked", POINTER(Asked)),
+        *((name, c_void_p) for name in ("sorted", "row_of_token", "outputs", "combine")),
+    ]
+
+
+class ActorsLibrary:
     """The functions of `moray_actors.h`. Structures are given by address; a turn is one.
 
     ctypes releases the interpreter's lock while one runs.
@@ -82,25 +115,29 @@ class HostLibrary:
         self.serve_experts = declared(
             library, "moray_serve_experts", c_int, POINTER(LinkState), POINTER(Table), c_void_p, c_int32
         )
+        self.ask_experts = declared(library, "moray_ask_experts", c_int, POINTER(Exchange))
+        self.collect_experts = declared(
+            library, "moray_collect_experts", c_int, POINTER(Exchange), c_int32, c_void_p, c_void_p
+        )  # exchange, microseconds, out, load
 
 
 _lock = threading.Lock()
 
 
-def host_library() -> HostLibrary | None:
+def actors_library() -> ActorsLibrary | None:
     """The library, or None where the package was installed without it, which is said once."""
     with _lock:
         return _load()
 
 
 @functools.cache
-def _load() -> HostLibrary | None:
+def _load() -> ActorsLibrary | None:
     found = importlib.util.find_spec("._native", __package__)
     if found is None or found.origin is None:
         logger.warning(
-            "event=no_native_host_loop: Moray was installed without the native half of its expert hosts, since there was "
-            "no C++ compiler; Python serves routers instead, which costs each request more CPU time. Install a compiler "
-            "(g++ or clang++), then Moray again."
+            "event=no_native_actors: Moray was installed without the native half of its routers and expert hosts, since there "
+            "was no C++ compiler; Python sends and serves every frame, which costs each layer of a step more CPU time. Install "
+            "a compiler (g++ or clang++), then Moray again."
         )
         return None
-    return HostLibrary(found.origin)
+    return ActorsLibrary(found.origin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,8 @@ class PendingExperts:
         all_experts: experts a layer.
 
     Attributes:
+        hidden_states, topk_ids, topk_weights: as given, contiguous.
         experts: [T * K] expert of each pair.
-        load: [E] pairs of each expert.
         left: pairs that are open.
         asked: whether the pairs have been sent out once.
         hedged: whether some were asked of a second host before the first had answered.
@@ -47,23 +48,32 @@ class PendingExperts:
     ) -> None:
         self.layer = layer
         self.epoch = epoch
-        self.topk_weights = topk_weights
-        self.experts: IntArray = topk_ids.numpy().ravel()
-        self.load: IntArray = np.bincount(self.experts, minlength=all_experts)
+        self.hidden_states = hidden_states.contiguous()
+        self.topk_ids, self.topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+        self.experts: IntArray = self.topk_ids.numpy().ravel()
         self.left = len(self.experts)
-        self.is_open: npt.NDArray[np.bool_] = np.ones(self.left, dtype=np.bool_)
         self.asked = self.hedged = False
         self.refused: dict[str, str] = {}
         self._tokens, self._top_k = topk_ids.shape
         self._width = hidden_states.shape[1]
-        self._hidden_states = hidden_states
+        self._all_experts = all_experts
         self._in_memory = hidden_states.device.type == "cpu"
         self._answers: list[tuple[IntArray, torch.Tensor]] = []
+
+    @cached_property
+    def load(self) -> IntArray:
+        """[E] pairs of each expert."""
+        return np.bincount(self.experts, minlength=self._all_experts)
+
+    @cached_property
+    def is_open(self) -> npt.NDArray[np.bool_]:
+        """[T * K] whether nobody has answered the pair."""
+        return np.ones(len(self.experts), dtype=np.bool_)
 
     def result(self) -> torch.Tensor:
         """The sum over K in top-k order: [T, H] in fp32. Once no pair is left."""
         assert not self.left, f"{self.left} pairs are open"
-        return combine_parts(self._answers, self.topk_weights, like=self._hidden_states)
+        return combine_parts(self._answers, self.topk_weights, like=self.hidden_states)
 
     def keep(self) -> None:
         """Have the answers so far in memory of their own: a link is about to receive the next frame where they lie."""
@@ -75,7 +85,6 @@ class PendingExperts:
 
     def close(self) -> None:
         """Want nothing more: the layer is done, or the step was given up."""
-        self.is_open[:] = False
         self.left = 0
         self._answers = []
 
@@ -87,7 +96,7 @@ class PendingExperts:
         Raises:
             LinkError: see `Link.prepare`.
         """
-        hidden, count = self._hidden_states, len(share.pairs)
+        hidden, count = self.hidden_states, len(share.pairs)
         rows, row_of_pair = _rows(share.pairs, self._tokens, self._top_k)
         room = None
         if self._in_memory:
@@ -116,7 +125,7 @@ class PendingExperts:
         Raises:
             LinkError: it is not what the share's pairs must give.
         """
-        pairs, dtype = share.pairs, self._hidden_states.dtype
+        pairs, dtype = share.pairs, self.hidden_states.dtype
         shape = (len(pairs), self._width)
         if len(tensors) != 1 or tensors[0].shape != shape or tensors[0].dtype != dtype:
             found = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors) or "nothing"

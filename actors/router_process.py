@@ -22,6 +22,7 @@ from .expert_dispatch import ExpertDispatch
 from .host_links import HostLinks
 from .links import LinkKind
 from .messages import RouterStats
+from .native_exchange import native_exchange
 from .placement_table import PlacementTable
 from .reports import RouterReport
 from .router import Router, RouterSettings
@@ -75,7 +76,12 @@ class RouterProcess:
         dense, self._bytes_read = load_dense(Checkpoint.open(checkpoint), config, progress=progress)
         weights = router_weights(config, dense, compute)
         self._links = HostLinks(router_id, hosts, link=link, secret=secret, device=compute.device)
-        dispatch = ExpertDispatch(table, self._links.dial_those_there(), reply_timeout_s=reply_timeout_s)
+        dispatch = ExpertDispatch(
+            table,
+            self._links.dial_those_there(),
+            reply_timeout_s=reply_timeout_s,
+            exchange=native_exchange() if compute.packed else None,
+        )
         self._router = Router(router_id, config, weights, dispatch, settings, compute=compute)
         self._router.start(on_failure=self.stopped.set)  # a process without its step loop is of no use: be restored
         self._server = RouterServer(self._router, bind_host=bind_host, secret=secret)

@@ -25,6 +25,7 @@ class LayerRoutes:
         hosts, slots: [R, E] index of the host of each replica, and its slot there; from `count` on they mean nothing.
         count: [E] replicas that can be asked; 0 for experts that nobody can be asked for.
         keys: [R, E] host * width + slot, so that sorting by it groups by host, then by slot.
+        first_address: of the first replicas' keys, where these are 16 bits; else 0.
         first_keys: [hosts + 1] the least key of each host, and one more than the greatest of the last.
         width: slots that keys have room for, as many for every host.
         complete: whether every expert can be asked for.
@@ -35,6 +36,7 @@ class LayerRoutes:
     slots: IntArray
     count: IntArray
     keys: npt.NDArray[np.integer]
+    first_address: int
     first_keys: npt.NDArray[np.integer]
     width: int
     complete: bool
@@ -110,4 +112,5 @@ class Routes:
         count = kept.sum(axis=0)
         keys = (chosen * self._width + slots).astype(self._first_keys.dtype)
         complete, single = bool(count.all()), bool(count.max(initial=0) <= 1)
-        return LayerRoutes(chosen, slots, count, keys, self._first_keys, self._width, complete, single)
+        address = keys.ctypes.data if keys.dtype == np.uint16 else 0
+        return LayerRoutes(chosen, slots, count, keys, address, self._first_keys, self._width, complete, single)

@@ -18,6 +18,7 @@ from .expert_dispatch import ExpertDispatch
 from .expert_host import ExpertHost
 from .links import Link, LinkKind, dial
 from .messages import GenerateRequest, TokenLogprobs, TokenOutput
+from .native_exchange import native_exchange
 from .placement_table import PlacementTable
 from .router import Router, RouterSettings
 
@@ -144,7 +145,8 @@ class EngineParts:
         reply_timeout_s: float = 30.0,
     ) -> Router:
         """A router that has not been started."""
-        dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s)
+        exchange = native_exchange() if self.compute.packed else None
+        dispatch = ExpertDispatch(table, links, reply_timeout_s=reply_timeout_s, exchange=exchange)
         router = Router(router_id, self.config, self.weights, dispatch, settings, compute=self.compute)
         self.opened.append(router)
         return router

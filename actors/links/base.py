@@ -124,14 +124,29 @@ class Link(ABC):
             PeerDiedError: the peer is gone.
         """
 
-    def operate(self, native: Callable[[LinkState], Outcome], *, send_timeout_s: float) -> Outcome:
-        """Have native code receive and send whole frames at this end, as `recv` and `send` would, where the link can.
+    def lend(self) -> LinkState | None:
+        """The state of this end, for native code to receive and send whole frames with as `recv` and `send` would.
 
-        A frame that it has taken counts as one of `recv`: its tensors are valid until the next one.
+        A frame that it has taken counts as one of `recv`: its tensors are valid until the next one. What it leaves is left as a
+        whole. Until `take_back`, this end is in use: `abort` ends native code's waits for the socket, and frees nothing before.
+
+        Returns:
+            None if the link has no native form, or what comes next is for `wait` and `recv`; then it is not lent.
+
+        Raises:
+            LinkError: the link is broken or closed.
+        """
+        return None
+
+    def take_back(self) -> None:
+        """End what `lend` has begun."""
+        raise RuntimeError(f"link to {self.peer}: nothing of it is lent")
+
+    def operate(self, native: Callable[[LinkState], Outcome], *, send_timeout_s: float) -> Outcome:
+        """Have native code use this end alone: `lend`, with what is to be done about how it has ended.
 
         Args:
-            native: is given the state of this end, brings it forward, and says how it has ended. What it leaves is left as a
-                whole. `abort` ends its waits for the socket, and frees nothing before it has returned.
+            native: is given the state of this end, brings it forward, and says how it has ended.
             send_timeout_s: for a reply that it could not send at once.
 
         Returns:

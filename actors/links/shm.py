@@ -59,63 +59,62 @@ class ShmLink(GuardedLink):
         self._page: ControlPage | None = page
         self._outgoing: Arena | None = None
         self._incoming: Arena | None = None
-        self._sent = 0
-        self._received = 0
-        self._arrived = 0
         self._pending: deque[tuple[Message, Arena | None]] = deque()
-        self._state = LinkState(spin_next_rest=1)
+        # The counters of frames are this structure's alone, so that native code can go on from them at any time.
+        self._state = LinkState(fd=sock.fileno(), spin_next_rest=1)
+        self._state.released_here, self._state.peer_waits, self._state.released_by_peer = page.addresses
+
+    def lend(self) -> LinkState | None:
+        """See `Link.lend`."""
+        self._begin()
+        if self._pending:
+            self._end()
+            return None
+        self._prepared = None
+        return self._state
+
+    def take_back(self) -> None:
+        """See `Link.take_back`."""
+        self._end()
 
     def operate(self, native: Callable[[LinkState], Outcome], *, send_timeout_s: float) -> Outcome:
         """See `Link.operate`."""
-        self._begin()
+        state = self.lend()
+        if state is None:
+            return Outcome.LEFT
         try:
-            if self._pending:
-                return Outcome.LEFT
-            self._prepared = None
-            outcome = self._run(native)
+            outcome = native(state)
             if outcome is Outcome.FAILED:
-                raise OSError(self._state.error, os.strerror(self._state.error))
+                raise OSError(state.error, os.strerror(state.error))
             if outcome is Outcome.UNSENT:
-                packet = bytes(self._state.packet[: self._state.packet_bytes])
+                packet = bytes(state.packet[: state.packet_bytes])
                 self._packets.send(packet, deadline=Deadline.after(send_timeout_s))
-                self._sent += 1
+                state.sent += 1
                 return Outcome.QUIET
             return outcome
         except BaseException as error:
             self._fail(error)
             raise
         finally:
-            self._end()
-
-    def _run(self, native: Callable[[LinkState], Outcome]) -> Outcome:
-        state, incoming, outgoing = self._state, self._incoming, self._outgoing
-        state.fd = self._sock.fileno()
-        state.sent, state.received, state.arrived = self._sent, self._received, self._arrived
-        state.released_here, state.peer_waits, state.released_by_peer = self._control_page().addresses
-        state.incoming, state.incoming_slot_bytes = (incoming.address, incoming.slot_bytes) if incoming else (None, 0)
-        state.outgoing, state.outgoing_slot_bytes = (outgoing.address, outgoing.slot_bytes) if outgoing else (None, 0)
-        try:
-            return native(state)
-        finally:
-            self._sent, self._received, self._arrived = state.sent, state.received, state.arrived
+            self.take_back()
 
     def _prepare(self, payload: Payload, deadline: Deadline) -> tuple[torch.Tensor, ...] | None:
         arena = self._room_for(payload, deadline)
-        return None if arena is None else arena.tensors(self._sent, payload)
+        return None if arena is None else arena.tensors(self._state.sent, payload)
 
     def _send(self, header: bytes, tensors: Sequence[torch.Tensor], payload: Payload, deadline: Deadline) -> None:
         if tensors is not self._prepared:
             arena = self._room_for(payload, deadline)
             if arena is not None:
-                write_payload(arena.slot(self._sent), payload, tensors)
-        self._packets.send(encode(MessageType.FRAME, self._sent, header, payload), deadline=deadline)
-        self._sent += 1
+                write_payload(arena.slot(self._state.sent), payload, tensors)
+        self._packets.send(encode(MessageType.FRAME, self._state.sent, header, payload), deadline=deadline)
+        self._state.sent += 1
 
     def _room_for(self, payload: Payload, deadline: Deadline) -> Arena | None:
         """The arena whose next slot is free and takes the payload; None where it has no bytes."""
         self._wait_for_slot(deadline)
         if payload.nbytes and (self._outgoing is None or self._outgoing.slot_bytes < payload.nbytes):
-            self._outgoing = self._offer_arena(slot_bytes_for(payload.nbytes), deadline)
+            self._send_through(self._offer_arena(slot_bytes_for(payload.nbytes), deadline))
         return self._outgoing if payload.nbytes else None
 
     def _recv(self, deadline: Deadline) -> Frame:
@@ -123,7 +122,7 @@ class ShmLink(GuardedLink):
         if not self._wait(deadline):
             raise PeerTimeoutError(self.peer, "sent nothing before the deadline")
         message, arena = self._pending.popleft()
-        self._received += 1
+        self._state.received += 1
         if arena is None:
             return Frame(message.header, read_payload(torch.empty(0, dtype=torch.uint8), message.payload))
         return Frame(message.header, arena.tensors(message.sequence, message.payload))
@@ -162,7 +161,7 @@ class ShmLink(GuardedLink):
             page.wait_for_slot(False)
 
     def _free_slots(self) -> int:
-        unreleased = self._sent - self._control_page().released_by_peer
+        unreleased = self._state.sent - self._control_page().released_by_peer
         if not 0 <= unreleased <= SLOTS:
             raise LinkError(self.peer, f"corrupted the control page: {unreleased} frames unreleased")
         return SLOTS - unreleased
@@ -170,15 +169,21 @@ class ShmLink(GuardedLink):
     def _release_received(self) -> None:
         """By the contract of `Frame`, the caller is done with the previous one."""
         page = self._control_page()
-        page.release(self._received)
+        page.release(self._state.received)
         if page.peer_waits:
             # If its queue is full it is about to read, and will look at the counter by itself.
-            self._packets.send_if_room(encode(MessageType.SPACE, self._received))
+            self._packets.send_if_room(encode(MessageType.SPACE, self._state.received))
+
+    def _send_through(self, arena: Arena | None) -> None:
+        """Put the frames that follow into this arena; None: into one that is made for the next of them."""
+        self._outgoing = arena
+        state = self._state
+        state.outgoing, state.outgoing_slot_bytes = (arena.address, arena.slot_bytes) if arena else (None, 0)
 
     def _offer_arena(self, slot_bytes: int, deadline: Deadline) -> Arena:
         arena, fd = Arena.create(slot_bytes)
         try:
-            packet = encode(MessageType.ARENA, self._sent, _SLOT_BYTES.pack(slot_bytes))
+            packet = encode(MessageType.ARENA, self._state.sent, _SLOT_BYTES.pack(slot_bytes))
             self._packets.send(packet, deadline=deadline, fd=fd)
         finally:
             os.close(fd)
@@ -191,7 +196,9 @@ class ShmLink(GuardedLink):
             return False
         message, fd = received
         if message.type is MessageType.ARENA and fd is not None and len(message.header) == _SLOT_BYTES.size:
-            self._incoming = Arena.attach(fd, _SLOT_BYTES.unpack(message.header)[0], self.peer)
+            attached = Arena.attach(fd, _SLOT_BYTES.unpack(message.header)[0], self.peer)
+            self._state.incoming, self._state.incoming_slot_bytes = attached.address, attached.slot_bytes
+            self._incoming = attached
             return True
         if fd is not None:
             os.close(fd)
@@ -200,14 +207,14 @@ class ShmLink(GuardedLink):
             return True  # the waiting sender looks at the counter
         if message.type is not MessageType.FRAME:
             raise LinkError(self.peer, f"sent a {message.type.name} message on an established link")
-        if message.sequence != self._arrived or self._arrived - self._received >= SLOTS:
-            raise LinkError(self.peer, f"sent frame {message.sequence} where {self._arrived} belongs")
+        if message.sequence != self._state.arrived or self._state.arrived - self._state.received >= SLOTS:
+            raise LinkError(self.peer, f"sent frame {message.sequence} where {self._state.arrived} belongs")
         arena = None
         if message.payload.nbytes:
             arena = self._incoming
             if arena is None or arena.slot_bytes < message.payload.nbytes:
                 raise LinkError(self.peer, f"sent {message.payload.nbytes} bytes without an arena that holds them")
-        self._arrived += 1
+        self._state.arrived += 1
         self._pending.append((message, arena))
         return True
 

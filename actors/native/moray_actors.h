@@ -1,7 +1,9 @@
-// The C interface of the native half of an expert host: serving WORK frames of a shm link with no interpreter in the way.
+// The C interface of the native half of routers and expert hosts: WORK frames of shm links are sent, served and answered with no
+// interpreter in the way.
 //
 // What is ordinary is done here; everything else is left where it is, untouched, for the Python code that this mirrors
-// (actors/links/shm.py, actors/links/wire.py, actors/moe_frames.py, actors/expert_host.py): it decides, and words every error.
+// (actors/links/shm.py, actors/links/wire.py, actors/moe_frames.py, actors/expert_dispatch.py, actors/expert_host.py): it
+// decides, and words every error.
 #ifndef MORAY_ACTORS_H
 #define MORAY_ACTORS_H
 
@@ -15,6 +17,7 @@ extern "C" {
 enum {
     MORAY_QUIET = 0,   // no frame in time, or the time is over, or the table is superseded: call again
     MORAY_LEFT = 1,    // what comes next is not ordinary, and nothing of it has been taken
+    MORAY_DONE = 4,    // all that was to be done is
     MORAY_UNSENT = 2,  // the reply in `packet` is still to be sent: the socket took it not, or failed
     MORAY_FAILED = 3,  // the socket failed with `error`
 };
@@ -70,6 +73,53 @@ int64_t moray_turn_frames(const moray_turn *turn);
 // Answer ordinary WORK frames for `milliseconds`, or until something else comes up. A socket that another thread shuts down
 // ends it at once, a superseded table within 100 ms; neither interrupts a computation.
 int moray_serve_experts(moray_link *link, const moray_expert_table *table, moray_turn *turn, int32_t milliseconds);
+
+// moray_combine of kernels/cpu/native/moray_cpu.h.
+typedef void (*moray_combine_function)(const uint16_t *const *outputs, const float *weights, int32_t tokens, int32_t top_k,
+                                       int32_t width, float *out);
+
+// One host, and what it is asked of one layer.
+typedef struct {
+    moray_link *link;    // NULL: there is none that native code can use
+    uint64_t sequence;   // of the frame that asks
+    int32_t begin, end;  // its pairs in `sorted`; none: it is not asked
+    int32_t sent;        // whether it has been asked
+    int32_t answered;    // whether its reply has come
+    int64_t answer_ns;   // from its frame's sending to its reply
+    int64_t sent_ns;
+    uint8_t packet[MORAY_PACKET_BYTES];  // room
+} moray_asked;
+
+// One layer's pairs on their way through the hosts, each of a token and one of its experts; [pairs] is [tokens, top_k]. The
+// caller keeps everything where it is from the asking until the answers are there.
+typedef struct {
+    const uint16_t *hidden_states;  // [tokens, hidden] in bf16
+    const int64_t *experts;         // [pairs]
+    const float *weights;           // [pairs]
+    int32_t tokens, hidden, top_k;
+    int32_t layer;
+    uint32_t epoch;
+    int32_t all_experts, width;     // keys are host * width + slot
+    int32_t hosts;
+    const uint16_t *keys;           // where each pair goes: [all_experts], or [pairs] if `keys_of_pairs`
+    int32_t keys_of_pairs;
+    int32_t spin_rest, spin_next_rest;  // of waits for all hosts
+    uint64_t sequence;              // of the last frame that asked anybody
+    moray_asked *asked;             // [hosts]
+    uint64_t *sorted;               // [pairs], room: by key, then number: key << 32 | number
+    int32_t *row_of_token;          // [tokens], room
+    const uint16_t **outputs;       // [pairs], room
+    moray_combine_function combine;
+} moray_exchange;
+
+// Ask every host for the pairs whose keys are its own. MORAY_DONE, or MORAY_LEFT if that cannot be done, and then nobody is asked;
+// but for sockets that take nothing, of hosts that are found not to be `sent` their frames.
+int moray_ask_experts(moray_exchange *exchange);
+
+// Once all hosts that were asked have answered: the sum of their outputs in top-k order, out [tokens, hidden], and every pair
+// counted in load [all_experts]. MORAY_DONE; MORAY_QUIET if one has not within `microseconds`; MORAY_LEFT if something else has
+// come. No reply is taken before all are there.
+int moray_collect_experts(moray_exchange *exchange, int32_t microseconds, float *out, int64_t *load);
 
 #ifdef __cplusplus
 }

@@ -70,7 +70,7 @@ Did answer(moray_link &link, const moray_expert_table &table, moray_turn &turn, 
     if (!decode_work(packet, work)) return Did::LEFT;
     const moray_layer_experts *experts = find(table, work.epoch, work.layer);
     if (!experts || experts->hidden < 0 || static_cast<uint64_t>(experts->hidden) != work.hidden) return Did::LEFT;
-    const uint8_t *request = incoming(link, work);
+    const uint8_t *request = incoming(link, work.frame, work.payload_bytes);
     uint8_t *reply = outgoing(link, 2 * work.pairs * work.hidden);
     if (!request || !reply || !release_received(link)) return Did::LEFT;
 
@@ -87,7 +87,7 @@ Did answer(moray_link &link, const moray_expert_table &table, moray_turn &turn, 
     add(turn.pairs, failed ? 0 : count);
     add(turn.frames, failed ? 0 : 1);
     turn.mutex.unlock();
-    if (failed || !take(link)) return Did::LEFT;
+    if (failed || !take(link, WORK_BYTES)) return Did::LEFT;
 
     uint8_t done[DONE_BYTES];
     encode_done(work, link.sent, done);
@@ -124,7 +124,7 @@ int moray_serve_experts(moray_link *link, const moray_expert_table *table, moray
         const int64_t now = now_ns();
         if (now >= until || superseded()) return MORAY_QUIET;
         const int64_t look = std::min(until, now + LOOK_ROUND_NS);
-        switch (wait(*link, packet, look)) {
+        switch (wait(*link, packet, WORK_BYTES, look)) {
             case Arrival::NOTHING: continue;
             case Arrival::OTHER: return MORAY_LEFT;
             case Arrival::FAILED: return MORAY_FAILED;

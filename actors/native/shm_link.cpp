@@ -8,16 +8,13 @@
 namespace moray {
 namespace {
 
-constexpr int64_t SPIN_NS = 30 * 1000;  // sockets.py, as the next one
-constexpr int32_t LONGEST_REST = 64;
-
 // The control page and the arenas are written by another process: each word of them is read once.
 uint64_t read_once(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
 
 }  // namespace
 
-Arrival peek(moray_link &link, uint8_t *packet) {
-    iovec piece = {packet, WORK_BYTES};
+Arrival peek(moray_link &link, uint8_t *packet, size_t size) {
+    iovec piece = {packet, size};
     msghdr message = {};
     message.msg_iov = &piece;
     message.msg_iovlen = 1;
@@ -28,36 +25,32 @@ Arrival peek(moray_link &link, uint8_t *packet) {
         return Arrival::FAILED;
     }
     // MSG_CTRUNC: a file descriptor came with it, for which there was no room given.
-    if (bytes != static_cast<ssize_t>(WORK_BYTES) || message.msg_flags & MSG_CTRUNC) return Arrival::OTHER;
+    if (bytes != static_cast<ssize_t>(size) || message.msg_flags & MSG_CTRUNC) return Arrival::OTHER;
     return Arrival::PACKET;
 }
 
-Arrival wait(moray_link &link, uint8_t *packet, int64_t until_ns) {
-    Arrival found = peek(link, packet);
+Arrival wait(moray_link &link, uint8_t *packet, size_t bytes, int64_t until_ns) {
+    Arrival found = peek(link, packet, bytes);
     if (found != Arrival::NOTHING) return found;
-    if (link.spin_rest) {
-        link.spin_rest--;
-    } else {
-        for (const int64_t end = now_ns() + SPIN_NS; found == Arrival::NOTHING && now_ns() < end;) found = peek(link, packet);
-        if (found != Arrival::NOTHING) {
-            link.spin_next_rest = 1;
-            return found;
-        }
-        link.spin_rest = link.spin_next_rest;
-        link.spin_next_rest = 2 * link.spin_next_rest < LONGEST_REST ? 2 * link.spin_next_rest : LONGEST_REST;
+    Spin spin = {link.spin_rest, link.spin_next_rest};
+    const int64_t began = now_ns(), spin_until = spin.begin(began);
+    if (spin_until > began) {
+        while (found == Arrival::NOTHING && now_ns() < spin_until) found = peek(link, packet, bytes);
+        spin.ended(found != Arrival::NOTHING);
+        if (found != Arrival::NOTHING) return found;
     }
     const int64_t left_ms = (until_ns - now_ns() + 999999) / 1000000;
     pollfd socket = {link.fd, POLLIN | POLLRDHUP, 0};
     if (poll(&socket, 1, left_ms > 0 ? static_cast<int>(left_ms) : 0) <= 0) return Arrival::NOTHING;
-    found = peek(link, packet);
+    found = peek(link, packet, bytes);
     return found == Arrival::NOTHING ? Arrival::OTHER : found;  // it hung up, or something is wrong: Python asks again
 }
 
-const uint8_t *incoming(const moray_link &link, const Work &work) {
-    if (work.frame != link.arrived || link.arrived != link.received || !link.incoming) return nullptr;
+const uint8_t *incoming(const moray_link &link, uint64_t frame, uint64_t payload_bytes) {
+    if (frame != link.arrived || link.arrived != link.received || !link.incoming) return nullptr;
     // The peer chose how large its slots are: where they are not aligned, neither are the tensors in them.
-    if (link.incoming_slot_bytes < work.payload_bytes || link.incoming_slot_bytes % ALIGNMENT) return nullptr;
-    return link.incoming + work.frame % SLOTS * link.incoming_slot_bytes;
+    if (link.incoming_slot_bytes < payload_bytes || link.incoming_slot_bytes % ALIGNMENT) return nullptr;
+    return link.incoming + frame % SLOTS * link.incoming_slot_bytes;
 }
 
 uint8_t *outgoing(const moray_link &link, uint64_t bytes) {
@@ -72,8 +65,8 @@ bool release_received(const moray_link &link) {
     return !read_once(link.peer_waits);
 }
 
-bool take(moray_link &link) {
-    if (recv(link.fd, nullptr, 0, MSG_DONTWAIT | MSG_TRUNC) != static_cast<ssize_t>(WORK_BYTES)) return false;
+bool take(moray_link &link, size_t bytes) {
+    if (recv(link.fd, nullptr, 0, MSG_DONTWAIT | MSG_TRUNC) != static_cast<ssize_t>(bytes)) return false;
     link.received = ++link.arrived;
     return true;
 }

@@ -62,6 +62,26 @@ void put_spec(uint8_t *to, uint8_t dtype, uint64_t rows, uint64_t columns) {
     put<uint64_t>(to + 10, columns);
 }
 
+// Where the pairs of a request lie, and how much it has in all; false if that is nothing, or more than a frame carries.
+bool lay_out(Work &work) {
+    // Each by itself first: products of what is left do not overflow.
+    constexpr uint64_t MOST = MAX_PAYLOAD_BYTES;
+    if (!work.tokens || work.tokens > MOST || !work.hidden || work.hidden > MOST || !work.pairs || work.pairs > MOST)
+        return false;
+    if (work.tokens * work.hidden > MOST / 2 || work.pairs * work.hidden > MOST / 2) return false;  // in bf16 each
+    work.pairs_offset = (2 * work.tokens * work.hidden + ALIGNMENT - 1) & -ALIGNMENT;
+    work.payload_bytes = work.pairs_offset + 8 * work.pairs;
+    return work.payload_bytes <= MOST;
+}
+
+void put_moe_header(uint8_t *to, uint8_t kind, const Work &work) {
+    to[0] = kind;
+    to[1] = 0;
+    put<uint16_t>(to + 2, work.layer);
+    put<uint32_t>(to + 4, work.epoch);
+    put<uint64_t>(to + 8, work.sequence);
+}
+
 }  // namespace
 
 bool decode_work(const uint8_t *packet, Work &work) {
@@ -77,13 +97,8 @@ bool decode_work(const uint8_t *packet, Work &work) {
     put_spec(expected + HEAD + SPEC, INT32, 2, work.pairs);
     if (memcmp(packet, expected, HEAD) || memcmp(packet + BODY, expected + HEAD, 2 * SPEC)) return false;
     if (get<uint32_t>(packet + HEAD) != checksum(packet, WORK_BYTES)) return false;
-    // Each by itself first: products of what is left do not overflow.
-    constexpr uint64_t MOST = MAX_PAYLOAD_BYTES;
-    if (!work.tokens || work.tokens > MOST || !work.hidden || work.hidden > MOST || !work.pairs || work.pairs > MOST)
-        return false;
-    if (work.tokens * work.hidden > MOST / 2 || work.pairs * work.hidden > MOST / 2) return false;  // in bf16 each
-    work.pairs_offset = (2 * work.tokens * work.hidden + ALIGNMENT - 1) & -ALIGNMENT;
-    if (work.payload_bytes != work.pairs_offset + 8 * work.pairs || work.payload_bytes > MOST) return false;
+    const uint64_t payload_bytes = work.payload_bytes;
+    if (!lay_out(work) || work.payload_bytes != payload_bytes) return false;
     const uint8_t *header = packet + BODY + 2 * SPEC;
     if (header[0] != WORK) return false;
     work.layer = get<uint16_t>(header + 2);
@@ -92,15 +107,20 @@ bool decode_work(const uint8_t *packet, Work &work) {
     return true;
 }
 
+bool encode_work(Work &work, uint8_t *packet) {
+    if (!lay_out(work)) return false;
+    put_head(packet, 2, WORK_BYTES, work.frame, work.payload_bytes);
+    put_spec(packet + BODY, BF16, work.tokens, work.hidden);
+    put_spec(packet + BODY + SPEC, INT32, 2, work.pairs);
+    put_moe_header(packet + BODY + 2 * SPEC, WORK, work);
+    put<uint32_t>(packet + HEAD, checksum(packet, WORK_BYTES));
+    return true;
+}
+
 void encode_done(const Work &work, uint64_t frame, uint8_t *packet) {
     put_head(packet, 1, DONE_BYTES, frame, 2 * work.pairs * work.hidden);
     put_spec(packet + BODY, BF16, work.pairs, work.hidden);
-    uint8_t *header = packet + BODY + SPEC;
-    header[0] = DONE;
-    header[1] = 0;
-    put<uint16_t>(header + 2, work.layer);
-    put<uint32_t>(header + 4, work.epoch);
-    put<uint64_t>(header + 8, work.sequence);
+    put_moe_header(packet + BODY + SPEC, DONE, work);
     put<uint32_t>(packet + HEAD, checksum(packet, DONE_BYTES));
 }
 

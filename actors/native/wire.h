@@ -27,6 +27,10 @@ struct Work {
 // Whether the bytes are an ordinary request, in every length consistent with itself; `packet` has WORK_BYTES.
 bool decode_work(const uint8_t *packet, Work &work);
 
+// The request itself: everything of `work` but the offsets, which are found here; `packet` has room for WORK_BYTES. False if it
+// is too large for one frame.
+bool encode_work(Work &work, uint8_t *packet);
+
 // The reply to `work` as frame `frame` of the other direction; `packet` has room for DONE_BYTES.
 void encode_done(const Work &work, uint64_t frame, uint8_t *packet);
 

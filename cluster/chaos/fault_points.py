@@ -192,7 +192,7 @@ def _without_memory(link: ShmLink, error: int) -> Iterator[None]:
     def none_left(slot_bytes: int, _deadline: Deadline) -> Arena:
         raise OSError(error, f"{os.strerror(error)} (injected, for an arena of {slot_bytes} bytes a slot)")
 
-    link._outgoing = None
+    link._send_through(None)
     vars(link)["_offer_arena"] = none_left
     try:
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...actors.native_library import host_library
+from ...actors.native_library import actors_library
 from ...kernels.catalogue import MODULES, all_cases
 from ...kernels.cpu.library import Instructions, native
 from ...kernels.launch import architecture
@@ -54,7 +54,7 @@ def _cpu_path() -> KernelPath:
         return KernelPath("cpu", "cpu", "torch", why)
     if library.best is Instructions.GENERIC:
         return KernelPath("cpu", "cpu", "torch", "this processor has no AVX2; float32, by torch")
-    loop = "" if host_library() is not None else "; without the native loop of expert hosts: install Moray again"
+    loop = "" if actors_library() is not None else "; without the native loop of expert hosts: install Moray again"
     return KernelPath("cpu", "cpu", "native", f"{library.best.name}, bfloat16 and FP8 (float32 is torch's){loop}")
 
 

@@ -104,6 +104,7 @@ class NativeLibrary:
         self.attention = declared(library, "moray_attention", None, *(c_void_p,) * 7)
         self.add = declared(library, "moray_add", None, c_void_p, c_void_p, c_void_p, c_int64)
         self.combine = declared(library, "moray_combine", None, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
+        self.combine_address = ctypes.cast(self.combine, c_void_p).value
         self.use(self.best)
 
     @property

@@ -160,7 +160,7 @@ def test_what_cpus_compute_with(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.kernel, found.path) == ("cpu", "native")
     assert library.best.name in found.why
     assert "loop" not in found.why
-    monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.host_library", lambda: None)
+    monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.actors_library", lambda: None)
     assert "without the native loop" in kernel_paths()[-1].why
     monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.native", lambda: None)
     found = kernel_paths()[-1]

@@ -297,7 +297,7 @@ def test_without_the_library_python_serves_and_it_is_said_once(
             plain, _ = [ExpertHost("expert-host-1", compute=Compute.native()) for _ in range(2)]
     finally:
         native_library._load.cache_clear()
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["event=no_native_host_loop"]
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["event=no_native_actors"]
     plain.load(checkpoint, SLOTS, epoch=EPOCH)
     with warm(plain) as link:
         assert_same(ask(link, work()), expected(host, work()))

@@ -1,0 +1,174 @@
+"""One layer of a step over shm links without the interpreter: its frames to all hosts, and the sum of what they answer.
+
+It does what is ordinary: every host owes nothing, has room for its frame, and answers it. Whatever else comes up is left to
+`ExpertDispatch`, which goes on from there as if it had sent the frames itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from ctypes import Array, byref, pointer
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..configs.errors import LinkError
+from ..kernels.cpu.library import native
+from .host_line import HostLine
+from .links.base import Link
+from .native_library import ActorsLibrary, Asked, Exchange, Outcome, actors_library
+from .pending_experts import PendingExperts, Share
+from .routes import LayerRoutes
+
+_WAIT_US = 5000
+"""A wait for replies goes on in Python after so long: a host may be late or lost, which is judged there."""
+
+
+class NativeExchange:
+    """Asks hosts for one layer and collects their answers; one layer at a time. For the router's thread.
+
+    Args:
+        library: the frames; combine: address of the kernels' sum.
+
+    Attributes:
+        claim: what has been asked for here, and neither collected nor handed over.
+        all_asked: whether the last call of `ask` asked for every pair.
+        layers: how many layers have been asked for and summed here.
+    """
+
+    def __init__(self, library: ActorsLibrary, combine: int | None) -> None:
+        self.claim: PendingExperts | None = None
+        self.all_asked = False
+        self.layers = 0
+        self._library = library
+        self._exchange = Exchange(spin_next_rest=1, combine=combine)
+        self._reference = byref(self._exchange)
+        self._asked: Array[Asked] = (Asked * 0)()
+        self._lines: Sequence[HostLine | None] = ()
+        self._lent: list[Link] = []
+        self._sent_at = 0.0
+        self._make_room(64, 512)
+
+    def ask(
+        self,
+        claim: PendingExperts,
+        lines: Sequence[HostLine | None],
+        routes: LayerRoutes,
+        keys: npt.NDArray[np.integer] | None,
+        *,
+        sequence: int,
+        now: float,
+    ) -> int:
+        """Ask for all pairs of a claim, while no host owes anything; `claim` is set if any has been asked for.
+
+        Args:
+            lines: of each host of the routes; None where there is no link.
+            keys: [T * K] in 16 bits, where each pair goes; None: to the first replica.
+            sequence: of the last frame before.
+            now: on the lines' clock.
+
+        Returns:
+            The sequence of the last frame, as many more as hosts were asked, or should have been.
+        """
+        x = self._exchange
+        hidden_states = claim.hidden_states
+        tokens, top_k = claim.topk_weights.shape
+        if len(self._row_of_token) < tokens or len(self._sorted) < tokens * top_k:
+            self._make_room(2 * tokens, 2 * tokens * top_k)
+        if len(self._asked) != len(lines):
+            self._asked = (Asked * len(lines))()
+            x.asked, x.hosts = self._asked, len(lines)
+        x.hidden_states, x.weights = hidden_states.data_ptr(), claim.topk_weights.data_ptr()
+        x.experts = claim.topk_ids.data_ptr()
+        x.tokens, x.hidden, x.top_k = tokens, hidden_states.shape[1], top_k
+        x.layer, x.epoch, x.sequence = claim.layer, claim.epoch, sequence
+        x.all_experts, x.width = len(routes.count), routes.width
+        x.keys, x.keys_of_pairs = (routes.first_address, 0) if keys is None else (keys.ctypes.data, 1)
+        self._lines, self._sent_at, self.all_asked = lines, now, False
+        if self._lend():
+            try:
+                self.all_asked = self._library.ask_experts(self._reference) == Outcome.DONE
+            finally:
+                self._take_back()
+            if self.all_asked or any(asked.sent for asked in self._asked):
+                self.claim, claim.asked = claim, True
+        return int(x.sequence)
+
+    def collect(self, load: int) -> torch.Tensor | None:
+        """Wait for the answers to what was asked for, and sum them.
+
+        Args:
+            load: address of int64 [E], where every pair is counted.
+
+        Returns:
+            [T, H] in fp32; None if something else has come, or nothing in time: then the claim is to be handed over.
+        """
+        claim = self.claim
+        assert claim is not None, "something was asked for"
+        for line in self._lines:
+            if line is not None:
+                line.keep_what_is_lent()
+        if not self._lend():
+            return None
+        out = torch.empty(claim.hidden_states.shape, dtype=torch.float32)
+        try:
+            outcome = self._library.collect_experts(self._reference, _WAIT_US, out.data_ptr(), load)
+        finally:
+            self._take_back()
+        if outcome != Outcome.DONE:
+            return None
+        self.claim = None
+        claim.close()
+        self.layers += 1
+        return out
+
+    def answers(self) -> Iterator[tuple[HostLine, int, float]]:
+        """Of what was collected last: each host's line, the pairs it answered, and how long that took from the sending on."""
+        for line, asked in zip(self._lines, self._asked, strict=True):
+            if line is not None and asked.sent:
+                yield line, asked.end - asked.begin, asked.answer_ns / 1e9
+
+    def hand_over(self) -> None:
+        """Have the hosts' lines wait for what was asked for here, as if they had sent it."""
+        claim, self.claim = self.claim, None
+        if claim is None:
+            return
+        for number, (line, asked) in enumerate(zip(self._lines, self._asked, strict=True)):
+            if line is not None and asked.sent:
+                keys, pairs = np.divmod(self._sorted[asked.begin : asked.end].astype(np.int64), 1 << 32)
+                slots = keys - number * self._exchange.width
+                line.was_sent(Share(line.host, claim, pairs, slots, asked.sequence), self._sent_at)
+
+    def _lend(self) -> bool:
+        """Have native code use the links that it can; False if there is none, or one is broken, and then none is lent."""
+        try:
+            for line, asked in zip(self._lines, self._asked, strict=True):
+                state = None if line is None else line.link.lend()
+                if line is None or state is None:
+                    asked.link = None
+                else:
+                    asked.link = pointer(state)
+                    self._lent.append(line.link)
+        except LinkError:  # which who uses it next will find as well, and does something about
+            self._take_back()
+            return False
+        return bool(self._lent)
+
+    def _take_back(self) -> None:
+        for link in self._lent:
+            link.take_back()
+        self._lent.clear()
+
+    def _make_room(self, tokens: int, pairs: int) -> None:
+        x = self._exchange
+        self._row_of_token = np.empty(tokens, dtype=np.int32)
+        self._sorted, self._outputs = np.empty((2, pairs), dtype=np.uint64)
+        x.row_of_token, x.sorted = self._row_of_token.ctypes.data, self._sorted.ctypes.data
+        x.outputs = self._outputs.ctypes.data
+
+
+def native_exchange() -> NativeExchange | None:
+    """One, where both native libraries are there."""
+    library, kernels = actors_library(), native()
+    return None if library is None or kernels is None else NativeExchange(library, kernels.combine_address)
