@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 
 from ..configs.errors import LinkError
+from ..kernels.cpu.memory import weight_memory
 from ..kernels.experts import MlpWeights
 from ..kernels.fp8 import BLOCK, BlockWeight, Weight, scale_shape
 from ..kernels.packed import TILE, PackedWeight, packed_rows
@@ -74,6 +75,8 @@ class TensorForm:
 
     def empty(self, rows: int, device: torch.device) -> torch.Tensor:
         """A tensor with so many rows of this form."""
+        if self.packs is not None and device.type == "cpu":
+            return weight_memory.empty((rows, self.columns), self.dtype)
         return torch.empty((rows, self.columns), dtype=self.dtype, device=device)
 
 

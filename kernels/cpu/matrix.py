@@ -9,6 +9,7 @@ import torch
 from ..fp8 import BlockWeight, StoredWeight, dequantize_blocks
 from ..packed import GROUP, TILE, PackedWeight, packed_rows
 from .library import Matrix, loaded
+from .memory import weight_memory
 
 _KIND = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -31,7 +32,7 @@ def pack(weight: StoredWeight) -> PackedWeight:
     if elements.is_meta:  # `moray plan` counts bytes
         return PackedWeight(elements.new_empty((packed_rows(rows), TILE * columns), dtype=elements.dtype), scales, rows)
     source = elements if elements.stride(1) == 1 else elements.contiguous()
-    tiles = torch.empty((packed_rows(rows), TILE * columns), dtype=elements.dtype)
+    tiles = weight_memory.empty((packed_rows(rows), TILE * columns), elements.dtype)
     loaded().pack(source.data_ptr(), source.stride(0), rows, columns, _KIND[elements.dtype], tiles.data_ptr())
     return PackedWeight(tiles, scales, rows)
 

@@ -3,9 +3,9 @@
     python tests/bench/cpu_kernels.py [--threads N] [--hidden 1024 --intermediate 512 --experts 64 --top-k 8]
 
 One MoE layer of FP8 experts for so many tokens, on weights that are rotated out of the cache. Beside each, in turn, the time
-that reading the same bytes takes: a pass over a large bf16 matrix by the same threads, which is the floor. That matrix
-is in huge pages where Linux has any; experts are if their matrices have 2 MB and more. Medians; close everything else. torch
-keeps to one thread, since its own look for work for milliseconds and take the cores.
+that reading the same bytes takes: a pass over a large bf16 matrix by the same threads, which is the floor. All weights are in
+huge pages where Linux has any. Medians; close everything else. torch keeps to one thread, since its own look for work for
+milliseconds and take the cores.
 """
 
 from __future__ import annotations

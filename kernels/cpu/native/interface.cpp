@@ -1,7 +1,5 @@
 // The C interface: chooses instructions, packs matrices, and hands everything else on.
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "kernels.h"
 #include "pool.h"
@@ -20,15 +18,6 @@ struct Packing {
     uint8_t *packed;
     moray::Stage tiles;
 };
-
-// Asks for huge pages for memory that nobody has written to yet: a matrix is read faster, and its first writes are quicker. Whole
-// pages, up to those shared with neighbours, so that matrices side by side remain one mapping. Of matrices below 2 MB nothing
-// comes of it, and no kernel need have such pages.
-void prefer_huge_pages(void *memory, int64_t bytes) {
-    const uintptr_t page = sysconf(_SC_PAGESIZE), begin = reinterpret_cast<uintptr_t>(memory) & ~(page - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes + page - 1) & ~(page - 1);
-    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 void pack_task(void *argument) {
     Packing &job = *static_cast<Packing *>(argument);
@@ -92,7 +81,6 @@ int64_t moray_packed_bytes(int32_t rows, int32_t cols, int32_t kind) {
 }
 
 void moray_pack(const void *source, int64_t stride, int32_t rows, int32_t cols, int32_t kind, void *packed) {
-    prefer_huge_pages(packed, moray_packed_bytes(rows, cols, kind));
     Packing job = {static_cast<const uint8_t *>(source), stride, rows, cols, kind, static_cast<uint8_t *>(packed), {}};
     moray::run(pack_task, &job);
 }
