@@ -1,0 +1,335 @@
+"""Hosts that are lost, stuck or refuse while a layer is done natively: results and errors are those of Python alone.
+
+Each test runs with an exchange and without, and expects the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moray.actors import native_exchange
+from moray.actors.expert_dispatch import ExpertDispatch
+from moray.actors.expert_host import ExpertHost
+from moray.actors.moe_frames import Kind
+from moray.actors.native_exchange import NativeExchange
+from moray.actors.testing import EngineParts
+from moray.configs.errors import ExpertsUnavailableError
+
+from .played_hosts import Clock, PlayedCluster, lent, new_exchange, wait_until
+from .real_hosts import host_end, router_ends, run, step, warm
+
+Play = Callable[..., PlayedCluster]
+Make = Callable[..., "Served"]
+
+
+class Served:
+    """A dispatch to two real hosts, and what the layers of `steps` should give."""
+
+    def __init__(self, parts: EngineParts, *, replicas: int, native: bool) -> None:
+        self.parts = parts
+        self.clock = Clock()
+        self.table = parts.table(2, replicas=replicas)
+        self.hosts = [parts.host(host, self.table) for host in self.table.slots]
+        self.exchange: NativeExchange | None = new_exchange() if native else None
+        self.dispatch = ExpertDispatch(
+            self.table,
+            {host.host_id: parts.link(host, "shm") for host in self.hosts},
+            reply_timeout_s=20.0,
+            exchange=self.exchange,
+            clock=self.clock,
+        )
+        warm(self.dispatch, 10)  # of which enough is known of each host to tell when it is late
+        self.steps = [step(8, seed) for seed in range(3)]
+        self.wanted = [run(self.dispatch, one) for one in self.steps]
+        assert self.layers == (12 if native else 0)
+
+    @property
+    def layers(self) -> int:
+        return self.exchange.layers if self.exchange else 0
+
+    def assert_usable(self) -> None:
+        """Layers are right, and native where they can be."""
+        before = self.layers
+        for one, wanted in zip(self.steps, self.wanted, strict=True):
+            assert torch.equal(run(self.dispatch, one), wanted)
+        assert self.layers - before == (3 if self.exchange else 0)
+        assert lent(self.dispatch) == []
+
+    def relink(self) -> None:
+        """A new link to the first host."""
+        host = self.hosts[0]
+        wait_until(lambda: not host._links)
+        self.dispatch.set_link(host.host_id, self.parts.link(host, "shm"))
+        warm(self.dispatch)
+        self.assert_usable()
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.dispatch.resent_shares, self.dispatch.hedged_shares, self.dispatch.fenced_hosts
+
+
+@pytest.fixture(params=["native", "python"])
+def native(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "native")
+
+
+@pytest.fixture
+def serve(parts: EngineParts, native: bool) -> Iterator[Make]:
+    made: list[Served] = []
+
+    def serve(*, replicas: int) -> Served:
+        made.append(Served(parts, replicas=replicas, native=native))
+        return made[-1]
+
+    yield serve
+    for served in made:
+        served.dispatch.close()
+
+
+@pytest.fixture
+def aside() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def finishing(dispatch: ExpertDispatch, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a wait for replies is about to begin."""
+    began, collect = threading.Event(), dispatch._collect_natively
+
+    def tell(*arguments: Any) -> Any:
+        began.set()
+        return collect(*arguments)
+
+    monkeypatch.setattr(dispatch, "_collect_natively", tell)
+    return began
+
+
+# ---- a host that dies ----------------------------------------------------------------------------------------------------
+
+
+def lose(served: Served, when: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """A layer with which the first host is lost, that has not answered it."""
+    host = served.hosts[0]
+    end = host_end(host)
+    if when == "before it is asked":
+        end.abort()
+        return run(served.dispatch, served.steps[0])
+    with host._one_at_a_time:
+        claim = served.dispatch.start(1, *served.steps[0])
+        if when == "before it is waited for":
+            end.abort()
+            return served.dispatch.finish(claim)
+        began = finishing(served.dispatch, monkeypatch)
+        result = pool.submit(served.dispatch.finish, claim)
+        assert began.wait(20)
+        end.abort()
+        return result.result(20)
+
+
+WHEN = ["before it is waited for", "while it is waited for"]
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_host_that_dies_is_replaced_within_the_layer(
+    serve: Make, when: str, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(replicas=2)
+    assert torch.equal(lose(served, when, aside, monkeypatch), served.wanted[0])
+    assert served.counts() == (1, 0, 0)
+    assert served.dispatch.unlinked == ["expert-host-0"]
+    assert "link to expert-host-0: " in served.dispatch.broken["expert-host-0"]
+    served.assert_usable()
+    served.relink()
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_host_that_dies_with_the_only_replicas(
+    serve: Make, when: str, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(replicas=1)
+    why = "closed the connection" if "waited" in when else r"connection lost \(Broken pipe\)"
+    with pytest.raises(ExpertsUnavailableError, match=f"^8 .* no reachable replica: link to expert-host-0: {why}$"):
+        lose(served, when, aside, monkeypatch)
+    assert served.counts() == (0, 0, 0)
+    for _ in range(2):
+        with pytest.raises(ExpertsUnavailableError, match=why):
+            run(served.dispatch, served.steps[0])
+    served.relink()
+
+
+def test_both_hosts_die(serve: Make) -> None:
+    served = serve(replicas=2)
+    for host in served.hosts:
+        host.stop()
+    with pytest.raises(ExpertsUnavailableError, match=r"expert-host-0: .*; link to expert-host-1: "):
+        run(served.dispatch, served.steps[0])
+    assert served.dispatch.unlinked == ["expert-host-0", "expert-host-1"]
+
+
+def test_a_reply_of_a_host_that_has_died_since_still_counts(play: Play, native: bool) -> None:
+    cluster = play((0, 1), (2, 3), native=native)
+    cluster.warm()
+    one = cluster.step()
+    claim = cluster.dispatch.start(3, *one)
+    cluster.answer_all()
+    cluster[0].link.close()
+    assert torch.equal(cluster.dispatch.finish(claim), cluster.expected(one))
+    assert cluster.dispatch.unlinked == []
+    cluster.dispatch.check()
+    assert cluster.dispatch.broken == {"h0": "link to h0: closed the connection"}
+
+
+# ---- a host that is stuck ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Native waits end early; `undo` has them last as in the other tests."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native_exchange, "_WAIT_US", 1000)
+        yield patch
+
+
+def waits_for(served: Served, host: int) -> bool:
+    """Whether Python waits for this host alone."""
+    lines = [served.dispatch._lines[h.host_id] for h in served.hosts]
+    return bool(lines[host].owed) and all(line.idle for line in lines if line is not lines[host])
+
+
+def test_a_host_that_takes_longer_than_a_native_wait(
+    serve: Make, aside: ThreadPoolExecutor, impatient: pytest.MonkeyPatch
+) -> None:
+    served = serve(replicas=1)
+    with served.hosts[0]._one_at_a_time:
+        result = aside.submit(run, served.dispatch, served.steps[0])
+        wait_until(lambda: waits_for(served, 0))
+        assert not result.done()
+    assert torch.equal(result.result(20), served.wanted[0])
+    assert served.counts() == (0, 0, 0)
+    impatient.undo()
+    served.assert_usable()
+
+
+def pass_time(served: Served, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks at all hosts, once Python waits for the first alone."""
+    attend, left = served.dispatch._attend, [seconds]
+
+    def attend_later() -> None:
+        if left and waits_for(served, 0):
+            served.clock.now += left.pop()
+        attend()
+
+    monkeypatch.setattr(served.dispatch, "_attend", attend_later)
+
+
+def test_a_stuck_host_is_hedged(serve: Make, impatient: pytest.MonkeyPatch) -> None:
+    served = serve(replicas=2)
+    pass_time(served, 0.5, impatient)
+    with served.hosts[0]._one_at_a_time:
+        for number in (0, 1):
+            assert torch.equal(run(served.dispatch, served.steps[number]), served.wanted[number])
+            assert served.counts() == (0, 1, 0)
+            assert served.dispatch.late_hosts == ["expert-host-0"]
+    line = served.dispatch._lines["expert-host-0"]
+
+    def answered() -> bool:
+        served.dispatch.check()
+        return line.idle
+
+    wait_until(answered)
+    impatient.undo()
+    served.assert_usable()
+
+
+def test_a_stuck_host_is_given_up(serve: Make, impatient: pytest.MonkeyPatch) -> None:
+    served = serve(replicas=1)
+    pass_time(served, 25.0, impatient)
+    with (
+        served.hosts[0]._one_at_a_time,
+        pytest.raises(ExpertsUnavailableError, match=r"expert-host-0: was silent for 25\.00 s with work in hand$"),
+    ):
+        run(served.dispatch, served.steps[0])
+    assert served.counts() == (0, 0, 1)
+    impatient.undo()
+    served.relink()
+
+
+# ---- a host that refuses -------------------------------------------------------------------------------------------------
+
+REFUSAL = "expert-host-0 refused its work: expert-host-0: layer 1: ValueError: placement epoch 1 is not served here; .*"
+
+
+def change_over(served: Served, host: ExpertHost, checkpoint: Path) -> None:
+    """Serve the next epoch alone."""
+    host.load(checkpoint, served.table.slots[host.host_id], epoch=2)
+    host.retire(2)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_host_that_refuses(serve: Make, checkpoint: Path, replicas: int) -> None:
+    served = serve(replicas=replicas)
+    change_over(served, served.hosts[0], checkpoint)
+    if replicas == 2:
+        assert torch.equal(run(served.dispatch, served.steps[0]), served.wanted[0])
+        assert served.counts() == (1, 0, 0)
+        served.assert_usable()  # the other is asked
+    else:
+        with pytest.raises(ExpertsUnavailableError, match=f"^{REFUSAL}$"):
+            run(served.dispatch, served.steps[0])
+        assert served.counts() == (0, 0, 0)
+    assert list(served.dispatch.broken) == ["expert-host-0"]
+    assert lent(served.dispatch) == []
+    change_over(served, served.hosts[1], checkpoint)
+    served.dispatch.adopt(served.parts.table(2, replicas=replicas, epoch=2), {})
+    served.dispatch.check()
+    warm(served.dispatch)
+    served.assert_usable()
+
+
+def test_a_host_that_refused_and_does_its_work_again_is_not_broken(play: Play, native: bool) -> None:
+    cluster = play((0, 1, 2, 3), (3,), native=native)
+    cluster.warm()
+    claim = cluster.dispatch.start(3, *cluster.step())
+    cluster[0].send(cluster[0].take(), kind=Kind.FAILED, more=b"out of memory")
+    cluster.answer_all()
+    with pytest.raises(ExpertsUnavailableError, match="h0 refused its work: out of memory"):
+        cluster.dispatch.finish(claim)
+    assert cluster.dispatch.broken == {"h0": "h0 refused its work: out of memory"}
+    before = cluster.layers
+    cluster.run()
+    assert cluster.layers - before == native
+    assert (cluster.dispatch.broken, cluster.dispatch.missing) == ({}, 0)
+
+
+# ---- a router that closes ------------------------------------------------------------------------------------------------
+
+
+def test_closing_ends_a_wait(serve: Make, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(replicas=1)
+    ends = router_ends(served.dispatch)
+    began = finishing(served.dispatch, monkeypatch)
+    with served.hosts[0]._one_at_a_time:
+        result = aside.submit(served.dispatch.finish, served.dispatch.start(1, *served.steps[0]))
+        assert began.wait(20)
+        served.dispatch.close()
+        with pytest.raises(ExpertsUnavailableError, match="link to expert-host-0: was closed on this side"):
+            result.result(20)
+    with pytest.raises(ExpertsUnavailableError, match="was closed on this side"):
+        run(served.dispatch, served.steps[0])
+    assert [end._sock.fileno() for end in ends] == [-1, -1], "nothing holds them any more"
+
+
+def test_closing_between_start_and_finish(play: Play, native: bool) -> None:
+    cluster = play((0, 1), (2, 3), native=native)
+    cluster.warm()
+    claim = cluster.dispatch.start(3, *cluster.step())
+    cluster.answer_all()
+    cluster.dispatch.close()
+    with pytest.raises(ExpertsUnavailableError, match=r"link to h0: was closed on this side"):
+        cluster.dispatch.finish(claim)

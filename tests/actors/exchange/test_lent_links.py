@@ -1,0 +1,81 @@
+"""Links are given back whatever happens between lending them to native code and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moray.configs.errors import LinkError
+
+from .played_hosts import PlayedCluster, Step, lent
+
+Play = Callable[..., PlayedCluster]
+
+
+class Failing:
+    """A library of which one function raises."""
+
+    def __init__(self, library: Any, name: str) -> None:
+        self._library = library
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            raise MemoryError(name)
+        return getattr(self._library, name)
+
+
+@pytest.fixture
+def cluster(play: Play) -> PlayedCluster:
+    cluster = play((0, 1), (2, 3))
+    cluster.warm()
+    return cluster
+
+
+def answered(cluster: PlayedCluster) -> tuple[Any, Step]:
+    one = cluster.step()
+    claim = cluster.dispatch.start(3, *one)
+    cluster.answer_all()
+    return claim, one
+
+
+@pytest.mark.parametrize("point", ["asking", "collecting"])
+def test_a_link_that_is_broken_when_it_is_lent(cluster: PlayedCluster, point: str) -> None:
+    """Of the others none is used: Python finds out what is wrong."""
+    before = cluster.layers
+    end = cluster[1].router_end
+
+    def broken() -> None:
+        raise LinkError("h1", "is broken")
+
+    if point == "asking":
+        end.lend = broken
+        claim, one = answered(cluster)
+    else:
+        claim, one = answered(cluster)
+        end.lend = broken
+    assert lent(cluster.dispatch) == []
+    assert torch.equal(cluster.dispatch.finish(claim), cluster.expected(one))
+    assert lent(cluster.dispatch) == []
+    assert cluster.layers == before
+    del end.lend
+    cluster.run()
+    assert cluster.layers - before == 1
+
+
+@pytest.mark.parametrize("function", ["ask_experts", "collect_experts"])
+def test_an_error_in_the_middle(cluster: PlayedCluster, function: str) -> None:
+    assert cluster.exchange
+    library = cluster.exchange._library
+    cluster.exchange._library = Failing(library, function)  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        cluster.dispatch.finish(answered(cluster)[0])
+    cluster.exchange._library = library
+    assert lent(cluster.dispatch) == []
+    cluster.dispatch.check()
+    before = cluster.layers
+    cluster.run()
+    assert cluster.layers - before == 1
