@@ -109,9 +109,9 @@ class NativeExchange:
         for line in self._lines:
             if line is not None:
                 line.keep_what_is_lent()
+        out = torch.empty(claim.hidden_states.shape, dtype=torch.float32)
         if not self._lend():
             return None
-        out = torch.empty(claim.hidden_states.shape, dtype=torch.float32)
         try:
             outcome = self._library.collect_experts(self._reference, _WAIT_US, out.data_ptr(), load)
         finally:
@@ -142,18 +142,22 @@ class NativeExchange:
 
     def _lend(self) -> bool:
         """Have native code use the links that it can; False if there is none, or one is broken, and then none is lent."""
+        lent = False
         try:
             for line, asked in zip(self._lines, self._asked, strict=True):
                 state = None if line is None else line.link.lend()
                 if line is None or state is None:
                     asked.link = None
                 else:
-                    asked.link = pointer(state)
                     self._lent.append(line.link)
-        except LinkError:  # which who uses it next will find as well, and does something about
-            self._take_back()
-            return False
-        return bool(self._lent)
+                    asked.link = pointer(state)
+            lent = bool(self._lent)
+        except LinkError:
+            pass  # who uses it next will find that as well, and does something about it
+        finally:
+            if not lent:
+                self._take_back()
+        return lent
 
     def _take_back(self) -> None:
         for link in self._lent:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moray.actors import native_exchange
 from moray.configs.errors import LinkError
 
 from .played_hosts import PlayedCluster, Step, lent
@@ -66,6 +67,18 @@ def test_a_link_that_is_broken_when_it_is_lent(cluster: PlayedCluster, point: st
     assert cluster.layers - before == 1
 
 
+def test_a_link_that_another_thread_uses_is_a_bug_that_leaves_none_lent(cluster: PlayedCluster) -> None:
+    with cluster[1].router_end._busy, pytest.raises(RuntimeError, match="in use by another thread"):
+        cluster.dispatch.start(3, *cluster.step())
+    assert lent(cluster.dispatch) == []
+    claim, one = answered(cluster)
+    with cluster[1].router_end._busy, pytest.raises(RuntimeError, match="in use by another thread"):
+        cluster.dispatch.finish(claim)
+    assert lent(cluster.dispatch) == []
+    cluster.dispatch.check()
+    cluster.run(one)
+
+
 @pytest.mark.parametrize("function", ["ask_experts", "collect_experts"])
 def test_an_error_in_the_middle(cluster: PlayedCluster, function: str) -> None:
     assert cluster.exchange
@@ -79,3 +92,22 @@ def test_an_error_in_the_middle(cluster: PlayedCluster, function: str) -> None:
     before = cluster.layers
     cluster.run()
     assert cluster.layers - before == 1
+
+
+def test_no_memory_for_the_sum(cluster: PlayedCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, _ = answered(cluster)
+
+    class Torch:
+        float32 = torch.float32
+
+        @staticmethod
+        def empty(*arguments: Any, **options: Any) -> torch.Tensor:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native_exchange, "torch", Torch)
+        with pytest.raises(MemoryError):
+            cluster.dispatch.finish(claim)
+    assert lent(cluster.dispatch) == []
+    cluster.dispatch.check()
+    cluster.run()
