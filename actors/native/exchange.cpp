@@ -174,7 +174,7 @@ int moray_collect_experts(moray_exchange *exchange, int32_t microseconds, float 
     using namespace moray;
     moray_exchange &x = *exchange;
     for (int32_t h = 0; h < x.hosts; h++)
-        if (is_asked(x.asked[h]) && !release_received(*x.asked[h].link)) return MORAY_LEFT;
+        if (is_asked(x.asked[h]) && !(x.asked[h].link && release_received(*x.asked[h].link))) return MORAY_LEFT;
     const int left = wait_for_all(x, now_ns() + microseconds * 1000LL);
     if (left) return left < 0 ? MORAY_LEFT : MORAY_QUIET;
 

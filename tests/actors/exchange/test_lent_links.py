@@ -11,7 +11,7 @@ import torch
 from moray.actors import native_exchange
 from moray.configs.errors import LinkError
 
-from .played_hosts import PlayedCluster, Step, lent
+from .played_hosts import PlayedCluster, Step, lent, patience
 
 Play = Callable[..., PlayedCluster]
 
@@ -111,3 +111,16 @@ def test_no_memory_for_the_sum(cluster: PlayedCluster, monkeypatch: pytest.Monke
     assert lent(cluster.dispatch) == []
     cluster.dispatch.check()
     cluster.run()
+
+
+@pytest.mark.parametrize("hosts", [(0,), (1,), (0, 1)], ids=str)
+def test_a_reply_that_somebody_looked_for_meanwhile(cluster: PlayedCluster, hosts: tuple[int, ...]) -> None:
+    """It is off the socket then, and native code has no link."""
+    before = cluster.layers
+    claim, one = answered(cluster)
+    for host in map(cluster.__getitem__, hosts):
+        assert host.router_end.wait(deadline=patience())
+    assert torch.equal(cluster.dispatch.finish(claim), cluster.expected(one))
+    assert cluster.layers == before
+    cluster.run()
+    assert cluster.layers - before == 1
