@@ -209,6 +209,8 @@ class ExpertDispatch:
         states, exchange = claim.hidden_states, self._exchange
         if exchange is None or states.dtype != torch.bfloat16 or states.device.type != "cpu":
             return False
+        if claim.topk_ids.dtype != torch.int64:
+            return False
         if not all(line.idle for line in self._lines.values()):
             return False  # replies come in order, and those to others are taken below
         routes = self._routes.of_layer(claim.layer, self._askable(claim, IF_NEED_BE))
