@@ -207,9 +207,9 @@ class ExpertDispatch:
     def _ask_natively(self, claim: PendingExperts) -> bool:
         """Ask for all pairs of a claim without the interpreter, where that is all there is to do; whether it was done."""
         states, exchange = claim.hidden_states, self._exchange
-        if exchange is None or states.dtype != torch.bfloat16 or states.device.type != "cpu":
+        if exchange is None or states.device.type != "cpu":
             return False
-        if claim.topk_ids.dtype != torch.int64:
+        if states.dtype != torch.bfloat16 or claim.topk_ids.dtype != torch.int64:
             return False
         if not all(line.idle for line in self._lines.values()):
             return False  # replies come in order, and those to others are taken below
@@ -246,7 +246,8 @@ class ExpertDispatch:
     def _settle(self) -> None:
         """Go on here with what was asked for natively."""
         if self._exchange is not None:
-            self._exchange.hand_over()
+            for line, share in self._exchange.hand_over():
+                self._post(line, share)
 
     def _collect(self, claim: PendingExperts) -> bool:
         """Take a reply of each host that is asked for open pairs; False as soon as one is not what it should be.
@@ -394,12 +395,15 @@ class ExpertDispatch:
                 continue
             shares += 1
             self._sequence += 1
-            line = self._lines[host]
-            try:
-                line.post(Share(host, claim, sorted_pairs[begin:end], slots[begin:end], self._sequence))
-            except LinkError as error:
-                self._drop(line, error)
+            share = Share(host, claim, sorted_pairs[begin:end], slots[begin:end], self._sequence)
+            self._post(self._lines[host], share)
         return shares
+
+    def _post(self, line: HostLine, share: Share) -> None:
+        try:
+            line.post(share)
+        except LinkError as error:
+            self._drop(line, error)
 
     # ---- links ------------------------------------------------------------------------------------------------------
 

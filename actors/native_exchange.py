@@ -129,16 +129,26 @@ class NativeExchange:
             if line is not None and asked.sent:
                 yield line, asked.end - asked.begin, asked.answer_ns / 1e9
 
-    def hand_over(self) -> None:
-        """Have the hosts' lines wait for what was asked for here, as if they had sent it."""
+    def hand_over(self) -> list[tuple[HostLine, Share]]:
+        """Have the hosts' lines wait for what was asked for here, as if they had sent it.
+
+        Returns:
+            What was to be sent as well, but no socket took it: for the lines to send.
+        """
         claim, self.claim = self.claim, None
+        unsent: list[tuple[HostLine, Share]] = []
         if claim is None:
-            return
+            return unsent
         for number, (line, asked) in enumerate(zip(self._lines, self._asked, strict=True)):
-            if line is not None and asked.sent:
-                keys, pairs = np.divmod(self._sorted[asked.begin : asked.end].astype(np.int64), 1 << 32)
-                slots = keys - number * self._exchange.width
-                line.was_sent(Share(line.host, claim, pairs, slots, asked.sequence), self._sent_at)
+            if line is None or asked.begin == asked.end:
+                continue
+            keys, pairs = np.divmod(self._sorted[asked.begin : asked.end].astype(np.int64), 1 << 32)
+            share = Share(line.host, claim, pairs, keys - number * self._exchange.width, asked.sequence)
+            if asked.sent:
+                line.was_sent(share, self._sent_at)
+            else:
+                unsent.append((line, share))
+        return unsent
 
     def _lend(self) -> bool:
         """Have native code use the links that it can; False if there is none, or one is broken, and then none is lent."""

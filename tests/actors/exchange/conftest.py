@@ -42,7 +42,7 @@ def play() -> Iterator[Callable[..., PlayedCluster]]:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native waits end when there is something to tell, however slow the machine is: counters do not depend on it."""
-    monkeypatch.setattr(native_exchange, "_WAIT_US", 60_000_000)
+    monkeypatch.setattr(native_exchange, "_WAIT_US", 30_000_000)
 
 
 @pytest.fixture

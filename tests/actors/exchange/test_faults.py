@@ -5,6 +5,8 @@ Each test runs with an exchange and without, and expects the same.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +19,13 @@ import torch
 from moray.actors import native_exchange
 from moray.actors.expert_dispatch import ExpertDispatch
 from moray.actors.expert_host import ExpertHost
+from moray.actors.links.wire import MessageType, encode
 from moray.actors.moe_frames import Kind
 from moray.actors.native_exchange import NativeExchange
 from moray.actors.testing import EngineParts
 from moray.configs.errors import ExpertsUnavailableError
 
-from .played_hosts import Clock, PlayedCluster, lent, new_exchange, wait_until
+from .played_hosts import Clock, PlayedCluster, lent, new_exchange, patience, wait_until
 from .real_hosts import host_end, router_ends, run, step, warm
 
 Play = Callable[..., PlayedCluster]
@@ -132,7 +135,7 @@ def lose(served: Served, when: str, pool: ThreadPoolExecutor, monkeypatch: pytes
         return result.result(20)
 
 
-WHEN = ["before it is waited for", "while it is waited for"]
+WHEN = ["before it is asked", "before it is waited for", "while it is waited for"]
 
 
 @pytest.mark.parametrize("when", WHEN)
@@ -161,6 +164,38 @@ def test_a_host_that_dies_with_the_only_replicas(
         with pytest.raises(ExpertsUnavailableError, match=why):
             run(served.dispatch, served.steps[0])
     served.relink()
+
+
+@pytest.mark.parametrize("full", [(0,), (1,), (0, 1)], ids=str)
+def test_a_socket_that_takes_no_packet_at_once(
+    play: Play, native: bool, full: tuple[int, ...], aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python waits until it does; nothing is asked twice."""
+    cluster = play((0, 1, 2, 3), (0, 1, 2, 3), native=native)
+    cluster.warm()
+    waits = threading.Event()
+    for number in full:
+        end = cluster[number].router_end
+
+        def send(*arguments: Any, send: Callable[..., None] = end._packets.send, **options: Any) -> None:
+            waits.set()
+            send(*arguments, **options)
+
+        monkeypatch.setattr(end._packets, "send", send)
+        sock = end._sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(encode(MessageType.SPACE, 0))
+    one = cluster.step()
+    claim = aside.submit(cluster.dispatch.start, 3, *one)
+    assert waits.wait(20)
+    for host in cluster.hosts.values():
+        assert host.link.wait(deadline=patience())
+        host.answer()
+    assert torch.equal(cluster.dispatch.finish(claim.result(20)), cluster.expected(one))
+    assert cluster.dispatch.resent_shares == 0
+    cluster.run()
 
 
 def test_both_hosts_die(serve: Make) -> None:
