@@ -232,10 +232,12 @@ class ExpertDispatch:
         exchange = self._exchange
         if exchange is None or exchange.claim is not claim:
             return None
-        layer = claim.layer - self.table.first_layer
+        layer, began = claim.layer - self.table.first_layer, self._clock()
         out = exchange.collect(self.expert_tokens.ctypes.data + layer * self.expert_tokens.strides[0])
         if out is None:
+            held_up_s = self._clock() - began - exchange.patience_s
             self._settle()
+            self._excuse(held_up_s)
             return None
         for line, pairs, seconds in exchange.answers():
             line.answered(pairs, seconds)
@@ -279,10 +281,7 @@ class ExpertDispatch:
         began = self._clock()
         try:
             reply = line.receive(wait_s)
-            held_up_s = self._clock() - began - wait_s
-            if held_up_s > _HELD_UP_S:
-                for other in self._lines.values():
-                    other.excuse(held_up_s)
+            self._excuse(self._clock() - began - wait_s)
             if reply is None:
                 return False
             done = self._take(line, *reply)
@@ -293,6 +292,12 @@ class ExpertDispatch:
             self._drop(line, error)
             return False
         return done
+
+    def _excuse(self, held_up_s: float) -> None:
+        """A wait has ended so much later than asked for."""
+        if held_up_s > _HELD_UP_S:
+            for line in self._lines.values():
+                line.excuse(held_up_s)
 
     def _compare(self, line: HostLine) -> None:
         """Have a host spared whose replies take far longer than those of the others: no deadline of its own tells."""

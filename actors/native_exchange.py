@@ -50,6 +50,11 @@ class NativeExchange:
         self._sent_at = 0.0
         self._make_room(64, 512)
 
+    @property
+    def patience_s(self) -> float:
+        """How long `collect` waits."""
+        return _WAIT_US / 1e6
+
     def ask(
         self,
         claim: PendingExperts,

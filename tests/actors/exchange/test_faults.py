@@ -10,7 +10,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -293,6 +295,38 @@ def test_a_stuck_host_is_given_up(serve: Make, impatient: pytest.MonkeyPatch) ->
     assert served.counts() == (0, 0, 1)
     impatient.undo()
     served.relink()
+
+
+def test_time_in_which_the_router_was_held_up_does_not_count(
+    play: Play, native: bool, impatient: pytest.MonkeyPatch
+) -> None:
+    """It was stopped in its wait, and the hosts with it: none of them is late."""
+    cluster = play((0, 1, 2, 3), (0, 1, 2, 3), native=native)
+    cluster.warm()
+    one = cluster.step()
+    claim = cluster.dispatch.start(3, *one)
+    pauses, attend = [300.0], cluster.dispatch._attend
+
+    def held_up(wait: Callable[..., object], *arguments: Any, **options: Any) -> object:
+        cluster.clock.now += pauses.pop() if pauses else 0.0
+        return wait(*arguments, **options)
+
+    if cluster.exchange:
+        library = SimpleNamespace(collect_experts=partial(held_up, cluster.exchange._library.collect_experts))
+        impatient.setattr(cluster.exchange, "_library", library)
+    else:
+        end = cluster[0].router_end
+        impatient.setattr(end, "wait", partial(held_up, end.wait))
+
+    def go_on() -> None:
+        attend()
+        cluster.answer_all()
+
+    impatient.setattr(cluster.dispatch, "_attend", go_on)
+    assert torch.equal(cluster.dispatch.finish(claim), cluster.expected(one))
+    assert not pauses
+    dispatch = cluster.dispatch
+    assert (dispatch.resent_shares, dispatch.hedged_shares, dispatch.fenced_hosts, dispatch.broken) == (0, 0, 0, {})
 
 
 # ---- a host that refuses -------------------------------------------------------------------------------------------------
