@@ -1,4 +1,4 @@
-"""A dispatch with an exchange and one without, over links of their own to the same expert hosts with packed experts."""
+"""Dispatches with an exchange and without, over shm links to expert hosts with packed experts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from moray.actors.expert_dispatch import ExpertDispatch
 from moray.actors.expert_host import ExpertHost
 from moray.actors.links import Link
+from moray.actors.native_exchange import NativeExchange
 from moray.actors.placement_table import PlacementTable
 from moray.actors.testing import EngineParts
 
-from .played_hosts import Clock, Step, new_exchange, random_step
+from .played_hosts import Clock, Step, lent, new_exchange, random_step, wait_until
 
 EXPERTS, HIDDEN = 8, 192
 
@@ -34,7 +35,7 @@ def warm(dispatch: ExpertDispatch, layers: int = 2) -> None:
 
 
 class Pair:
-    """`native` has an exchange, `python` does without."""
+    """Two dispatches with links of their own to the same hosts: `native` has an exchange, `python` does without."""
 
     def __init__(self, parts: EngineParts, hosts: int, *, replicas: int = 1) -> None:
         self.parts = parts
@@ -80,6 +81,51 @@ class Pair:
     def close(self) -> None:
         self.native.close()
         self.python.close()
+
+
+class Served:
+    """A dispatch to two real hosts, and what the layers of `steps` should give."""
+
+    def __init__(self, parts: EngineParts, *, replicas: int, native: bool) -> None:
+        self.parts = parts
+        self.clock = Clock()
+        self.table = parts.table(2, replicas=replicas)
+        self.hosts = [parts.host(host, self.table) for host in self.table.slots]
+        self.exchange: NativeExchange | None = new_exchange() if native else None
+        self.dispatch = ExpertDispatch(
+            self.table,
+            {host.host_id: parts.link(host, "shm") for host in self.hosts},
+            reply_timeout_s=20.0,
+            exchange=self.exchange,
+            clock=self.clock,
+        )
+        warm(self.dispatch, 10)  # of which enough is known of each host to tell when it is late
+        self.steps = [step(8, seed) for seed in range(3)]
+        self.wanted = [run(self.dispatch, one) for one in self.steps]
+        assert self.layers == (12 if native else 0)
+
+    @property
+    def layers(self) -> int:
+        return self.exchange.layers if self.exchange else 0
+
+    def assert_usable(self) -> None:
+        """Layers are right, and native where they can be."""
+        before = self.layers
+        for one, wanted in zip(self.steps, self.wanted, strict=True):
+            assert torch.equal(run(self.dispatch, one), wanted)
+        assert self.layers - before == (3 if self.exchange else 0)
+        assert lent(self.dispatch) == []
+
+    def relink(self) -> None:
+        """A new link to the first host."""
+        host = self.hosts[0]
+        wait_until(lambda: not host._links)
+        self.dispatch.set_link(host.host_id, self.parts.link(host, "shm"))
+        warm(self.dispatch)
+        self.assert_usable()
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.dispatch.resent_shares, self.dispatch.hedged_shares, self.dispatch.fenced_hosts
 
 
 def router_ends(dispatch: ExpertDispatch) -> list[Any]:

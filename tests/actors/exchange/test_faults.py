@@ -23,60 +23,14 @@ from moray.actors.expert_dispatch import ExpertDispatch
 from moray.actors.expert_host import ExpertHost
 from moray.actors.links.wire import MessageType, encode
 from moray.actors.moe_frames import Kind
-from moray.actors.native_exchange import NativeExchange
 from moray.actors.testing import EngineParts
 from moray.configs.errors import ExpertsUnavailableError
 
-from .played_hosts import Clock, PlayedCluster, lent, new_exchange, patience, wait_until
-from .real_hosts import host_end, router_ends, run, step, warm
+from .played_hosts import PlayedCluster, lent, patience, wait_until
+from .real_hosts import Served, host_end, router_ends, run, warm
 
 Play = Callable[..., PlayedCluster]
 Make = Callable[..., "Served"]
-
-
-class Served:
-    """A dispatch to two real hosts, and what the layers of `steps` should give."""
-
-    def __init__(self, parts: EngineParts, *, replicas: int, native: bool) -> None:
-        self.parts = parts
-        self.clock = Clock()
-        self.table = parts.table(2, replicas=replicas)
-        self.hosts = [parts.host(host, self.table) for host in self.table.slots]
-        self.exchange: NativeExchange | None = new_exchange() if native else None
-        self.dispatch = ExpertDispatch(
-            self.table,
-            {host.host_id: parts.link(host, "shm") for host in self.hosts},
-            reply_timeout_s=20.0,
-            exchange=self.exchange,
-            clock=self.clock,
-        )
-        warm(self.dispatch, 10)  # of which enough is known of each host to tell when it is late
-        self.steps = [step(8, seed) for seed in range(3)]
-        self.wanted = [run(self.dispatch, one) for one in self.steps]
-        assert self.layers == (12 if native else 0)
-
-    @property
-    def layers(self) -> int:
-        return self.exchange.layers if self.exchange else 0
-
-    def assert_usable(self) -> None:
-        """Layers are right, and native where they can be."""
-        before = self.layers
-        for one, wanted in zip(self.steps, self.wanted, strict=True):
-            assert torch.equal(run(self.dispatch, one), wanted)
-        assert self.layers - before == (3 if self.exchange else 0)
-        assert lent(self.dispatch) == []
-
-    def relink(self) -> None:
-        """A new link to the first host."""
-        host = self.hosts[0]
-        wait_until(lambda: not host._links)
-        self.dispatch.set_link(host.host_id, self.parts.link(host, "shm"))
-        warm(self.dispatch)
-        self.assert_usable()
-
-    def counts(self) -> tuple[int, int, int]:
-        return self.dispatch.resent_shares, self.dispatch.hedged_shares, self.dispatch.fenced_hosts
 
 
 @pytest.fixture(params=["native", "python"])
