@@ -179,12 +179,11 @@ def test_a_reply_of_a_host_that_has_died_since_still_counts(play: Play, native: 
 # ---- a host that is stuck ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Native waits end early; `undo` has them last as in the other tests."""
-    with monkeypatch.context() as patch:
-        patch.setattr(native_exchange, "_WAIT_US", 1000)
-        yield patch
+def shorten_native_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """For what has begun already; call what is returned to have them last as in the other tests."""
+    lasted = native_exchange._WAIT_US
+    monkeypatch.setattr(native_exchange, "_WAIT_US", 1000)
+    return lambda: monkeypatch.setattr(native_exchange, "_WAIT_US", lasted)
 
 
 def waits_for(served: Served, host: int) -> bool:
@@ -194,16 +193,17 @@ def waits_for(served: Served, host: int) -> bool:
 
 
 def test_a_host_that_takes_longer_than_a_native_wait(
-    serve: Make, aside: ThreadPoolExecutor, impatient: pytest.MonkeyPatch
+    serve: Make, aside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = serve(replicas=1)
+    be_patient = shorten_native_waits(monkeypatch)
     with served.hosts[0]._one_at_a_time:
         result = aside.submit(run, served.dispatch, served.steps[0])
         wait_until(lambda: waits_for(served, 0))
         assert not result.done()
     assert torch.equal(result.result(20), served.wanted[0])
     assert served.counts() == (0, 0, 0)
-    impatient.undo()
+    be_patient()
     served.assert_usable()
 
 
@@ -219,9 +219,10 @@ def pass_time(served: Served, seconds: float, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(served.dispatch, "_attend", attend_later)
 
 
-def test_a_stuck_host_is_hedged(serve: Make, impatient: pytest.MonkeyPatch) -> None:
+def test_a_stuck_host_is_hedged(serve: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serve(replicas=2)
-    pass_time(served, 0.5, impatient)
+    be_patient = shorten_native_waits(monkeypatch)
+    pass_time(served, 0.5, monkeypatch)
     with served.hosts[0]._one_at_a_time:
         for number in (0, 1):
             assert torch.equal(run(served.dispatch, served.steps[number]), served.wanted[number])
@@ -234,29 +235,31 @@ def test_a_stuck_host_is_hedged(serve: Make, impatient: pytest.MonkeyPatch) -> N
         return line.idle
 
     wait_until(answered)
-    impatient.undo()
+    be_patient()
     served.assert_usable()
 
 
-def test_a_stuck_host_is_given_up(serve: Make, impatient: pytest.MonkeyPatch) -> None:
+def test_a_stuck_host_is_given_up(serve: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serve(replicas=1)
-    pass_time(served, 25.0, impatient)
+    be_patient = shorten_native_waits(monkeypatch)
+    pass_time(served, 25.0, monkeypatch)
     with (
         served.hosts[0]._one_at_a_time,
         pytest.raises(ExpertsUnavailableError, match=r"expert-host-0: was silent for 25\.00 s with work in hand$"),
     ):
         run(served.dispatch, served.steps[0])
     assert served.counts() == (0, 0, 1)
-    impatient.undo()
+    be_patient()
     served.relink()
 
 
 def test_time_in_which_the_router_was_held_up_does_not_count(
-    play: Play, native: bool, impatient: pytest.MonkeyPatch
+    play: Play, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was stopped in its wait, and the hosts with it: none of them is late."""
     cluster = play((0, 1, 2, 3), (0, 1, 2, 3), native=native)
     cluster.warm()
+    shorten_native_waits(monkeypatch)
     one = cluster.step()
     claim = cluster.dispatch.start(3, *one)
     pauses, attend = [300.0], cluster.dispatch._attend
@@ -267,16 +270,16 @@ def test_time_in_which_the_router_was_held_up_does_not_count(
 
     if cluster.exchange:
         library = SimpleNamespace(collect_experts=partial(held_up, cluster.exchange._library.collect_experts))
-        impatient.setattr(cluster.exchange, "_library", library)
+        monkeypatch.setattr(cluster.exchange, "_library", library)
     else:
         end = cluster[0].router_end
-        impatient.setattr(end, "wait", partial(held_up, end.wait))
+        monkeypatch.setattr(end, "wait", partial(held_up, end.wait))
 
     def go_on() -> None:
         attend()
         cluster.answer_all()
 
-    impatient.setattr(cluster.dispatch, "_attend", go_on)
+    monkeypatch.setattr(cluster.dispatch, "_attend", go_on)
     assert torch.equal(cluster.dispatch.finish(claim), cluster.expected(one))
     assert not pauses
     dispatch = cluster.dispatch
