@@ -22,7 +22,7 @@ from typing import Final
 import torch
 
 from ...configs.errors import LinkError
-from .wire import MAX_PAYLOAD_BYTES, Payload, read_payload
+from .wire import ALIGNMENT, MAX_PAYLOAD_BYTES, Payload, read_payload
 
 SLOTS: Final = 3
 """Frames of one direction in memory at a time: two that the peer has not asked for (`FRAMES_IN_FLIGHT`), and one that
@@ -67,7 +67,7 @@ class Arena:
     @classmethod
     def attach(cls, fd: int, slot_bytes: int, peer: str) -> Arena:
         """Map a peer's arena; closes `fd`. Raises `LinkError` if it is not what the peer says."""
-        if not MIN_SLOT_BYTES <= slot_bytes <= MAX_SLOT_BYTES:
+        if not MIN_SLOT_BYTES <= slot_bytes <= MAX_SLOT_BYTES or slot_bytes % ALIGNMENT:  # else tensors are not, either
             os.close(fd)
             raise LinkError(peer, f"sent an arena with slots of {slot_bytes} bytes")
         return cls(_attach(fd, SLOTS * slot_bytes, peer), slot_bytes)

@@ -165,7 +165,6 @@ PACKETS: dict[str, Act] = {
     "a file beside it": with_a_file,
     "it twice": twice,
     "the one after it": out_of_order,
-    "through an arena that is not aligned": through_arenas_of((1 << 16) + 2),
     "through a larger arena": through_arenas_of(1 << 17),
     "a page that says nonsense": with_a_page(lambda page: page.release(77)),
     "a page that says the most": with_a_page(lambda page: page.release((1 << 64) - 1)),
@@ -244,6 +243,16 @@ def test_outputs_that_are_larger_than_the_arena(play: Play, native: bool) -> Non
     )
     why = f"sent {1200 * HIDDEN * 2} bytes without an arena that holds them"
     assert why in str(outcome(cluster.dispatch.finish, claim))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "python"])
+@pytest.mark.parametrize("more", [1, 2, 32])
+def test_an_arena_whose_slots_are_not_aligned_is_refused(play: Play, native: bool, more: int) -> None:
+    """There, a tensor's elements are where the processor, or torch, does not take them."""
+    cluster = play((0, 1, 2), (3, 4, 5), native=native)
+    cluster.warm()
+    fate(cluster, through_arenas_of((1 << 16) + more), cluster.step(12))
+    assert cluster.dispatch.broken == {"h0": f"link to h0: sent an arena with slots of {(1 << 16) + more} bytes"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
