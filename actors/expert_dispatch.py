@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from ..configs.errors import ExpertsUnavailableError, LinkError, PeerTimeoutError
+from ..kernels.cpu.attention import BatchTables
+from ..model.cpu_block import CpuLayer
 from .host_line import HostLine
+from .layer_run import LayerRun, layer_run
 from .links.base import Link
 from .moe_frames import Kind, MoeHeader
 from .native_exchange import NativeExchange
+from .native_library import Stage
 from .pending_experts import PendingExperts, Share
 from .placement_table import PlacementTable, is_cold
 from .replica_choice import choose_replicas
@@ -74,6 +78,7 @@ class ExpertDispatch:
         self.table = table
         self._reply_timeout_s = reply_timeout_s
         self._exchange = exchange
+        self._run = None if exchange is None else layer_run(exchange)
         self._clock = clock
         self._lines = {host: self._line(host, link) for host, link in links.items()}
         self._answered = dict.fromkeys(table.slots, 0)
@@ -173,9 +178,7 @@ class ExpertDispatch:
         self._attend()
         if self._unreachable:
             raise self._unavailable()
-        claim = PendingExperts(
-            layer, self.table.epoch, hidden_states, topk_ids.cpu(), topk_weights, all_experts=self.table.experts
-        )
+        claim = self._claim(layer, hidden_states, topk_ids.cpu(), topk_weights)
         if not self._ask_natively(claim):
             self._cover(claim)
         return claim
@@ -204,6 +207,82 @@ class ExpertDispatch:
         finally:
             pending.close()
 
+    def run_layers(self, layers: Sequence[CpuLayer], hidden_states: torch.Tensor, batch: BatchTables) -> bool:
+        """Take a batch through all layers natively, each as `start` and `finish` would; see `LayerRunner`.
+
+        Raises:
+            ExpertsUnavailableError: as they do.
+        """
+        self._attend()
+        run = self._run
+        if run is None or self._unreachable or not all(line.idle for line in self._lines.values()):
+            return False
+        if not self._describe(run, layers):
+            return False
+        for line in self._lines.values():
+            line.keep_what_is_lent()
+        run.begin(hidden_states, batch, [self._lines.get(host) for host in self._routes.hosts], self.table.epoch)
+        claim: PendingExperts | None = None
+        try:
+            while not run.go(self._sequence):
+                self._sequence = run.exchange.sequence
+                if run.stage is Stage.ASK:
+                    claim = self._ask_for(run)
+                else:
+                    claim = claim or self._asked_for(run)
+                    run.has_collected(self.finish(claim))
+                    claim = None
+            self._sequence = run.exchange.sequence
+        except BaseException:
+            if run.asked_natively:
+                self._asked_for(run)  # what was asked for is owed, whoever wants it now
+            raise
+        finally:
+            self.wait_s += run.waited_s
+            run.exchange.layers += run.collected
+            for line, pairs, seconds in run.answers():
+                self._has_answered(line, pairs, seconds)
+        return True
+
+    def _describe(self, run: LayerRun, layers: Sequence[CpuLayer]) -> bool:
+        """Say where the layers' experts are to be asked for; False if native code could not ask for all of them."""
+        routed = [layer.number for layer in layers if layer.top_k]
+        routes = self._routes.of_layers(routed, self._askable((), IF_NEED_BE))
+        if not routes or not all(where.complete and where.first_address for where in routes.values()):
+            return False
+        run.describe(layers, routes, {layer: self._counted(layer) for layer in routed})
+        return True
+
+    def _counted(self, layer: int) -> int:
+        """Address of a layer's line of `expert_tokens`."""
+        return self.expert_tokens.ctypes.data + (layer - self.table.first_layer) * self.expert_tokens.strides[0]
+
+    def _claim(
+        self, layer: int, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> PendingExperts:
+        return PendingExperts(layer, self.table.epoch, hidden_states, ids, weights, all_experts=self.table.experts)
+
+    def _ask_for(self, run: LayerRun) -> PendingExperts:
+        """Ask for the layer that a run has come to, and could not ask for, at least not everybody."""
+        if run.exchange.sent_any:
+            claim = self._claim(*run.work())
+            run.exchange.outstanding(claim, self._clock())
+            self._settle()
+            self._cover(claim)
+        else:
+            claim = self.start(*run.work())
+        run.has_asked()
+        return claim
+
+    def _asked_for(self, run: LayerRun) -> PendingExperts:
+        """Take over what a run has asked for, and could not collect."""
+        claim = self._claim(*run.work())
+        run.exchange.outstanding(claim, self._clock() - run.last_wait_s)
+        run.hand_over()
+        self._settle()
+        self._excuse(run.last_wait_s - run.patience_s)
+        return claim
+
     def _ask_natively(self, claim: PendingExperts) -> bool:
         """Ask for all pairs of a claim without the interpreter, where that is all there is to do; whether it was done."""
         states, exchange = claim.hidden_states, self._exchange
@@ -213,7 +292,7 @@ class ExpertDispatch:
             return False
         if not all(line.idle for line in self._lines.values()):
             return False  # replies come in order, and those to others are taken below
-        routes = self._routes.of_layer(claim.layer, self._askable(claim, IF_NEED_BE))
+        routes = self._routes.of_layer(claim.layer, self._askable(claim.refused, IF_NEED_BE))
         if not (routes.complete and routes.first_address):
             return False
         keys = None
@@ -232,18 +311,21 @@ class ExpertDispatch:
         exchange = self._exchange
         if exchange is None or exchange.claim is not claim:
             return None
-        layer, began = claim.layer - self.table.first_layer, self._clock()
-        out = exchange.collect(self.expert_tokens.ctypes.data + layer * self.expert_tokens.strides[0])
+        began = self._clock()
+        out = exchange.collect(self._counted(claim.layer))
         if out is None:
             held_up_s = self._clock() - began - exchange.patience_s
             self._settle()
             self._excuse(held_up_s)
             return None
         for line, pairs, seconds in exchange.answers():
-            line.answered(pairs, seconds)
-            self._answered[line.host] += pairs
-            self.broken.pop(line.host, None)
+            self._has_answered(line, pairs, seconds)
         return out
+
+    def _has_answered(self, line: HostLine, pairs: int, seconds: float) -> None:
+        line.answered(pairs, seconds)
+        self._answered[line.host] += pairs
+        self.broken.pop(line.host, None)
 
     def _settle(self) -> None:
         """Go on here with what was asked for natively."""
@@ -327,7 +409,7 @@ class ExpertDispatch:
         """
         if not claim.asked:
             lines = len(self._lines)
-            routes = self._routes.of_layer(claim.layer, self._askable(claim, IF_NEED_BE))
+            routes = self._routes.of_layer(claim.layer, self._askable(claim.refused, IF_NEED_BE))
             if routes.complete:  # else perhaps none of the others is asked for
                 self._ask(claim, None, routes)
                 claim.asked = True
@@ -338,7 +420,7 @@ class ExpertDispatch:
             asked, perhaps = self._asked(claim)
             lost = np.flatnonzero(claim.is_open & ~asked & ~perhaps)
             if len(lost):
-                routes = self._routes.of_layer(claim.layer, self._askable(claim, IF_NEED_BE))
+                routes = self._routes.of_layer(claim.layer, self._askable(claim.refused, IF_NEED_BE))
                 if not routes.count[claim.experts[lost]].all():
                     claim.close()
                     raise self._unavailable(claim)
@@ -347,7 +429,7 @@ class ExpertDispatch:
                 claim.asked = True
             hedged = np.flatnonzero(claim.is_open & ~asked & perhaps)
             if len(hedged):
-                routes = self._routes.of_layer(claim.layer, self._askable(claim, NO))
+                routes = self._routes.of_layer(claim.layer, self._askable(claim.refused, NO))
                 hedged = hedged[routes.count[claim.experts[hedged]] > 0]
                 claim.hedged = claim.hedged or len(hedged) > 0
                 self.hedged_shares += self._ask(claim, hedged, routes)
@@ -363,9 +445,9 @@ class ExpertDispatch:
                     (perhaps if line.late else probably)[share.pairs] = True
         return probably, perhaps
 
-    def _askable(self, claim: PendingExperts, avoided: int) -> tuple[int, ...]:
+    def _askable(self, refused: Container[str], avoided: int) -> tuple[int, ...]:
         """For each host of the routes whether it can be asked; `avoided` for those that are late or refuse."""
-        now, lines, refused = self._clock(), self._lines, claim.refused
+        now, lines = self._clock(), self._lines
         levels = []
         for host, at_best in self._at_best:
             line = lines.get(host)

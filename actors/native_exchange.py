@@ -34,7 +34,8 @@ class NativeExchange:
     Attributes:
         claim: what has been asked for here, and neither collected nor handed over.
         all_asked: whether the last call of `ask` asked for every pair.
-        layers: how many layers have been asked for and summed here.
+        layers: how many layers have been asked for and summed natively.
+        structure: `moray_exchange`, for native code that asks and collects by itself.
     """
 
     def __init__(self, library: ActorsLibrary, combine: int | None) -> None:
@@ -42,8 +43,8 @@ class NativeExchange:
         self.all_asked = False
         self.layers = 0
         self._library = library
-        self._exchange = Exchange(spin_next_rest=1, combine=combine)
-        self._reference = byref(self._exchange)
+        self.structure = Exchange(spin_next_rest=1, combine=combine)
+        self._reference = byref(self.structure)
         self._asked: Array[Asked] = (Asked * 0)()
         self._lines: Sequence[HostLine | None] = ()
         self._lent: list[Link] = []
@@ -76,29 +77,56 @@ class NativeExchange:
         Returns:
             The sequence of the last frame, as many more as hosts were asked, or should have been.
         """
-        x = self._exchange
-        hidden_states = claim.hidden_states
-        tokens, top_k = claim.topk_weights.shape
+        self.describe(
+            claim.hidden_states,
+            claim.topk_ids,
+            claim.topk_weights,
+            lines,
+            routes,
+            epoch=claim.epoch,
+            sequence=sequence,
+        )
+        x = self.structure
+        x.layer = claim.layer
+        x.keys, x.keys_of_pairs = (routes.first_address, 0) if keys is None else (keys.ctypes.data, 1)
+        self.all_asked = False
+        if self.lend():
+            try:
+                self.all_asked = self._library.ask_experts(self._reference) == Outcome.DONE
+            finally:
+                self.take_back()
+            if self.all_asked or self.sent_any:
+                self.outstanding(claim, now)
+        return self.sequence
+
+    def describe(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        lines: Sequence[HostLine | None],
+        routes: LayerRoutes,
+        *,
+        epoch: int,
+        sequence: int,
+    ) -> None:
+        """Put into `structure` what is to be asked, all but the layer and its keys; see `ask`."""
+        x, (tokens, top_k) = self.structure, topk_weights.shape
         if len(self._row_of_token) < tokens or len(self._sorted) < tokens * top_k:
             self._make_room(2 * tokens, 2 * tokens * top_k)
         if len(self._asked) != len(lines):
             self._asked = (Asked * len(lines))()
             x.asked, x.hosts = self._asked, len(lines)
-        x.hidden_states, x.weights = hidden_states.data_ptr(), claim.topk_weights.data_ptr()
-        x.experts = claim.topk_ids.data_ptr()
+        x.hidden_states, x.experts, x.weights = hidden_states.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr()
         x.tokens, x.hidden, x.top_k = tokens, hidden_states.shape[1], top_k
-        x.layer, x.epoch, x.sequence = claim.layer, claim.epoch, sequence
+        x.epoch, x.sequence = epoch, sequence
         x.all_experts, x.width = len(routes.count), routes.width
-        x.keys, x.keys_of_pairs = (routes.first_address, 0) if keys is None else (keys.ctypes.data, 1)
-        self._lines, self._sent_at, self.all_asked = lines, now, False
-        if self._lend():
-            try:
-                self.all_asked = self._library.ask_experts(self._reference) == Outcome.DONE
-            finally:
-                self._take_back()
-            if self.all_asked or any(asked.sent for asked in self._asked):
-                self.claim, claim.asked = claim, True
-        return int(x.sequence)
+        self._lines = lines
+
+    @property
+    def sequence(self) -> int:
+        """Of the last frame."""
+        return int(self.structure.sequence)
 
     def collect(self, load: int) -> torch.Tensor | None:
         """Wait for the answers to what was asked for, and sum them.
@@ -115,12 +143,12 @@ class NativeExchange:
             if line is not None:
                 line.keep_what_is_lent()
         out = torch.empty(claim.hidden_states.shape, dtype=torch.float32)
-        if not self._lend():
+        if not self.lend():
             return None
         try:
             outcome = self._library.collect_experts(self._reference, _WAIT_US, out.data_ptr(), load)
         finally:
-            self._take_back()
+            self.take_back()
         if outcome != Outcome.DONE:
             return None
         self.claim = None
@@ -133,6 +161,15 @@ class NativeExchange:
         for line, asked in zip(self._lines, self._asked, strict=True):
             if line is not None and asked.sent:
                 yield line, asked.end - asked.begin, asked.answer_ns / 1e9
+
+    def outstanding(self, claim: PendingExperts, sent_at: float) -> None:
+        """Native code has asked for a claim by itself, at least in part, and has not collected it."""
+        self.claim, claim.asked, self._sent_at = claim, True, sent_at
+
+    @property
+    def sent_any(self) -> bool:
+        """Whether any host has been sent a frame of what was asked for last."""
+        return any(asked.sent for asked in self._asked)
 
     def hand_over(self) -> list[tuple[HostLine, Share]]:
         """Have the hosts' lines wait for what was asked for here, as if they had sent it.
@@ -148,14 +185,14 @@ class NativeExchange:
             if line is None or asked.begin == asked.end:
                 continue
             keys, pairs = np.divmod(self._sorted[asked.begin : asked.end].astype(np.int64), 1 << 32)
-            share = Share(line.host, claim, pairs, keys - number * self._exchange.width, asked.sequence)
+            share = Share(line.host, claim, pairs, keys - number * self.structure.width, asked.sequence)
             if asked.sent:
                 line.was_sent(share, self._sent_at)
             else:
                 unsent.append((line, share))
         return unsent
 
-    def _lend(self) -> bool:
+    def lend(self) -> bool:
         """Have native code use the links that it can; False if there is none, or one is broken, and then none is lent."""
         lent = False
         try:
@@ -171,16 +208,19 @@ class NativeExchange:
             pass  # who uses it next will find that as well, and does something about it
         finally:
             if not lent:
-                self._take_back()
+                self.take_back()
+                for asked in self._asked:
+                    asked.link = None
         return lent
 
-    def _take_back(self) -> None:
+    def take_back(self) -> None:
+        """End what `lend` has begun."""
         for link in self._lent:
             link.take_back()
         self._lent.clear()
 
     def _make_room(self, tokens: int, pairs: int) -> None:
-        x = self._exchange
+        x = self.structure
         self._row_of_token = np.empty(tokens, dtype=np.int32)
         self._sorted, self._outputs = np.empty((2, pairs), dtype=np.uint64)
         x.row_of_token, x.sorted = self._row_of_token.ctypes.data, self._sorted.ctypes.data

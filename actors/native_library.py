@@ -97,6 +97,40 @@ class Exchange(Structure):
     ]
 
 
+class RunLayer(Structure):
+    """`moray_run_layer`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention", "cache", "mlp")),
+        *((name, c_int32) for name in ("number", "routed")),
+        *((name, c_void_p) for name in ("keys", "load")),
+    ]
+
+
+class Stage(IntEnum):
+    """Where a layer is."""
+
+    ATTEND = 0
+    ASK = 1
+    SHARE = 2
+    COLLECT = 3
+    ADD = 4
+
+
+class Run(Structure):
+    """`moray_run`."""
+
+    _fields_ = [
+        ("layers", POINTER(RunLayer)),
+        *((name, c_int32) for name in ("count", "layer", "stage", "asked")),
+        *((name, c_void_p) for name in ("batch", "hidden", "normed", "experts", "weights", "shared", "routed")),
+        ("exchange", POINTER(Exchange)),
+        *((name, c_int32) for name in ("wait_us", "reserved")),
+        *((name, c_int64) for name in ("waited_ns", "last_wait_ns")),
+        *((name, c_void_p) for name in ("answered", "attention", "swiglu", "add")),
+    ]
+
+
 class ActorsLibrary:
     """The functions of `moray_actors.h`. Structures are given by address; a turn is one.
 
@@ -119,6 +153,7 @@ class ActorsLibrary:
         self.collect_experts = declared(
             library, "moray_collect_experts", c_int, POINTER(Exchange), c_int32, c_void_p, c_void_p
         )  # exchange, microseconds, out, load
+        self.run_layers = declared(library, "moray_run_layers", c_int, POINTER(Run))
 
 
 _lock = threading.Lock()

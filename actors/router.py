@@ -103,6 +103,7 @@ class Router:
             page_size=settings.page_size,
             max_context=settings.max_context,
             compute=compute,
+            run_layers=dispatch.run_layers if compute.packed else None,
         )
         self._drafter: Drafter | None = None
         if settings.draft_tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -83,6 +83,7 @@ class Routes:
         small = first_keys[-1] + self._width <= np.iinfo(np.uint16).max
         self._first_keys: npt.NDArray[np.integer] = first_keys.astype(np.uint16 if small else np.int64)
         self._made: dict[int, LayerRoutes] = {}
+        self._chosen: dict[int, LayerRoutes] = {}
         self._made_for: tuple[int, ...] = ()
 
     def unreachable(self, reachable: Collection[str]) -> int:
@@ -97,11 +98,18 @@ class Routes:
         """
         if askable != self._made_for:
             self._made.clear()
+            self._chosen = {}
             self._made_for = askable
         found = self._made.get(layer)
         if found is None:
             found = self._made[layer] = self._find(layer - self._first_layer, askable)
         return found
+
+    def of_layers(self, layers: Collection[int], askable: tuple[int, ...]) -> Mapping[int, LayerRoutes]:
+        """`of_layer` for each of these: the same object for as long as nothing has changed."""
+        if askable != self._made_for or self._chosen.keys() != set(layers):
+            self._chosen = {layer: self.of_layer(layer, askable) for layer in layers}
+        return self._chosen
 
     def _find(self, index: int, askable: tuple[int, ...]) -> LayerRoutes:
         hosts = self._hosts[index]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Protocol
 
 import torch
 
@@ -35,6 +36,39 @@ class Begun(Generic[Pending]):
     shared: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class CpuLayer:
+    """A layer for native code that takes a batch through all of them.
+
+    Attributes:
+        number: of the layer.
+        attention: address of its `moray_layer`; cache: of its pages; mlp: of the `moray_mlp` that is computed here, or None.
+        top_k: experts of a token; 0 for a layer without.
+    """
+
+    number: int
+    attention: int
+    cache: int
+    mlp: int | None
+    top_k: int
+
+
+class LayerRunner(Protocol):
+    """Takes a batch through all layers without the interpreter between them."""
+
+    def __call__(self, layers: Sequence[CpuLayer], hidden_states: torch.Tensor, batch: BatchTables) -> bool:
+        """Through all of them, as `CpuBlock.begin` and `end` in turn would: the same bits.
+
+        Args:
+            layers: always the same object for a model; what they describe stays where it is.
+            hidden_states: [T, H] contiguous bf16; the last layer's output afterwards.
+            batch: of these tokens.
+
+        Returns:
+            False if it cannot be done so now; then nothing has been done.
+        """
+
+
 class CpuBlock(Generic[Pending]):
     """A layer whose weights are packed. The residual is changed in place, so `begin` takes what nobody else needs."""
 
@@ -45,7 +79,6 @@ class CpuBlock(Generic[Pending]):
         self.attention_norm = weights.attention_norm
         self.weights = weights.attention
         self.routed = routed
-        self.has_gate = weights.gate is not None
         self.shared = None if weights.mlp is None else _swiglu(weights.mlp)
         self.attention = AttentionKernel(
             LayerShape(
@@ -62,6 +95,17 @@ class CpuBlock(Generic[Pending]):
             weights.attention_norm,
             weights.feed_forward_norm,
             None if weights.gate is None else _gate(config, weights.gate),
+        )
+
+    def described(self, cache: torch.Tensor) -> CpuLayer:
+        """This layer, with its pages [P, page_size, kv_rank + rope]; valid for as long as both are there."""
+        gate, mlp = self.attention.gate, self.shared
+        return CpuLayer(
+            self.layer,
+            self.attention.address,
+            cache.data_ptr(),
+            None if mlp is None else mlp.address,
+            0 if gate is None else gate.top_k,
         )
 
     def begin(self, hidden_states: torch.Tensor, batch: BatchTables, cache: torch.Tensor) -> Begun[Pending]:

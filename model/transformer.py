@@ -20,7 +20,7 @@ from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .attention import MLA, BatchPositions, rope_rotation
 from .compute import Compute
 from .config import ModelConfig
-from .cpu_block import CpuBlock
+from .cpu_block import CpuBlock, LayerRunner
 from .moe import Gate, MoE, Pending, RoutedExperts
 from .weights import BlockWeights, RouterWeights
 
@@ -115,6 +115,7 @@ class Transformer:
         pages, page_size: size of the cache; `max_context` positions are prepared for RoPE.
         compute: where and in what to compute.
         micro_batch_tokens: see `MICRO_BATCH_TOKENS`.
+        run_layers: takes batches of one part through packed layers, where it can.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Transformer:
         max_context: int,
         compute: Compute,
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+        run_layers: LayerRunner | None = None,
     ) -> None:
         self.config = config
         self.micro_batch_tokens = micro_batch_tokens
@@ -142,6 +144,12 @@ class Transformer:
         stored = torch.uint8 if compute.fp8_kv else compute.dtype
         form = KvFormat(config.kv_lora_rank, config.qk_rope_head_dim, stored)
         self.cache = form.create(config.cached_layers, pages, page_size, self.device)
+        self._run_layers = run_layers
+        self._layers = [
+            block.described(self.cache[number])
+            for number, block in enumerate(self.blocks)
+            if isinstance(block, CpuBlock)
+        ]
 
     def block(self, layer: int, weights: BlockWeights, routed: RoutedExperts[Pending]) -> LayerBlock:
         """Layer number `layer` with these weights."""
@@ -164,6 +172,10 @@ class Transformer:
             (hidden_states[begin:end], self.positions(segments))
             for begin, end, segments in micro_batches(batch.segments, self.micro_batch_tokens)
         ]
+        if len(parts) == 1 and self._run_layers is not None:
+            whole, positions = parts[0]
+            if isinstance(positions, BatchTables) and self._run_layers(self._layers, whole, positions):
+                return whole
         return self._through_blocks(parts)
 
     def _through_blocks(self, parts: Sequence[tuple[torch.Tensor, Any]]) -> torch.Tensor:

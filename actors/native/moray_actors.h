@@ -121,6 +121,57 @@ int moray_ask_experts(moray_exchange *exchange);
 // come. No reply is taken before all are there.
 int moray_collect_experts(moray_exchange *exchange, int32_t microseconds, float *out, int64_t *load);
 
+// Functions of kernels/cpu/native/moray_cpu.h: moray_attention, moray_swiglu, moray_add.
+typedef void (*moray_attention_function)(const void *layer, const void *batch, uint16_t *hidden, uint16_t *cache,
+                                         uint16_t *normed, int64_t *topk_ids, float *topk_weights);
+typedef void (*moray_swiglu_function)(const uint16_t *x, int32_t tokens, const void *mlp, float *out);
+typedef void (*moray_add_function)(uint16_t *hidden, const float *routed, const float *shared, int64_t elements);
+
+// One layer of the model, as a router computes it.
+typedef struct {
+    const void *attention;  // moray_layer
+    uint16_t *cache;
+    const void *mlp;        // moray_mlp: shared expert or dense MLP; NULL: none
+    int32_t number;
+    int32_t routed;         // whether it has routed experts
+    const uint16_t *keys;   // of `moray_exchange`, for each expert; NULL: the caller chooses
+    int64_t *load;          // of moray_collect_experts
+} moray_run_layer;
+
+// What a host has answered.
+typedef struct {
+    int64_t pairs, ns;
+} moray_answered;
+
+// Where a layer is.
+enum { MORAY_ATTEND = 0, MORAY_ASK = 1, MORAY_SHARE = 2, MORAY_COLLECT = 3, MORAY_ADD = 4 };
+
+// A batch on its way through the layers.
+typedef struct {
+    const moray_run_layer *layers;
+    int32_t count;
+    int32_t layer, stage;      // what is to be done next
+    int32_t asked;             // whether this layer's experts were asked for here
+    const void *batch;         // moray_batch
+    uint16_t *hidden, *normed; // [tokens, hidden] bf16: the residual, and room
+    int64_t *experts;          // [tokens, top_k], room, as the next three
+    float *weights;            // [tokens, top_k]
+    float *shared, *routed;    // [tokens, hidden]
+    moray_exchange *exchange;  // of these tokens and this room; layer and keys are set here
+    int32_t wait_us;           // for the hosts of a layer
+    int32_t reserved;
+    int64_t waited_ns;         // in all
+    int64_t last_wait_ns;
+    moray_answered *answered;  // [count, hosts] of what was collected here; else zeros
+    moray_attention_function attention;
+    moray_swiglu_function swiglu;
+    moray_add_function add;
+} moray_run;
+
+// Take the batch on through its layers. MORAY_DONE after the last one; MORAY_LEFT where `stage` of `layer` is for the caller: to
+// ask for experts, and to collect them and put their sum into `routed`. It goes on from the stage after that one.
+int moray_run_layers(moray_run *run);
+
 #ifdef __cplusplus
 }
 #endif

@@ -79,6 +79,10 @@ class BatchTables:
         row: elements of a cached row.
         cache_rows: [T] int64, page * page_size + offset of each token.
         rotation: [T, rope / 2, 2] fp32.
+
+    Attributes:
+        tokens: T.
+        address: of the `moray_batch`; valid for as long as the tables are there.
     """
 
     def __init__(
@@ -103,7 +107,11 @@ class BatchTables:
 
 
 class AttentionKernel:
-    """One layer's attention, the norm after it, and its gate where it has one."""
+    """One layer's attention, the norm after it, and its gate where it has one.
+
+    Attributes:
+        address: of its `moray_layer`; valid for as long as the kernel is there.
+    """
 
     def __init__(
         self,
@@ -139,7 +147,7 @@ class AttentionKernel:
             self._key_up,
             self._value_up,
         )
-        self._address = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)
 
     def __call__(
         self, hidden_states: torch.Tensor, batch: BatchTables, cache: torch.Tensor
@@ -161,7 +169,7 @@ class AttentionKernel:
             ids = torch.empty((batch.tokens, self.gate.top_k), dtype=torch.int64)
             weights = torch.empty((batch.tokens, self.gate.top_k), dtype=torch.float32)
         loaded().attention(
-            self._address,
+            self.address,
             batch.address,
             hidden_states.data_ptr(),
             cache.data_ptr(),

@@ -100,10 +100,14 @@ class NativeLibrary:
             *(c_void_p, c_int32, c_void_p, c_void_p, c_int32),  # hidden states, tokens, rows, slots, pairs
             *(c_void_p, c_int32, c_void_p),  # MLPs, slots, out
         )
-        self.grouped_mlp_address = ctypes.cast(self.grouped_mlp, c_void_p).value  # for native code of others
         self.attention = declared(library, "moray_attention", None, *(c_void_p,) * 7)
         self.add = declared(library, "moray_add", None, c_void_p, c_void_p, c_void_p, c_int64)
         self.combine = declared(library, "moray_combine", None, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
+        # For native code of others.
+        self.grouped_mlp_address = ctypes.cast(self.grouped_mlp, c_void_p).value
+        self.attention_address = ctypes.cast(self.attention, c_void_p).value
+        self.swiglu_address = ctypes.cast(self.swiglu, c_void_p).value
+        self.add_address = ctypes.cast(self.add, c_void_p).value
         self.combine_address = ctypes.cast(self.combine, c_void_p).value
         self.use(self.best)
 

@@ -66,15 +66,19 @@ class MlpTable:
 
 
 class SwigluKernel:
-    """One MLP for every row of a batch."""
+    """One MLP for every row of a batch.
+
+    Attributes:
+        address: of its `moray_mlp`; valid for as long as the kernel is there.
+    """
 
     def __init__(self, gate_up: PackedWeight, down: PackedWeight) -> None:
         self._weights = gate_up, down
         self._mlp = Mlp(described(gate_up), described(down))
-        self._address = ctypes.addressof(self._mlp)
+        self.address = ctypes.addressof(self._mlp)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] contiguous bf16 to [T, H]: rounded to bf16 as an expert's output elsewhere would be, in fp32."""
         out = torch.empty(x.shape, dtype=torch.float32)
-        loaded().swiglu(x.data_ptr(), x.shape[0], self._address, out.data_ptr())
+        loaded().swiglu(x.data_ptr(), x.shape[0], self.address, out.data_ptr())
         return out

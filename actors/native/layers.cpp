@@ -1,0 +1,64 @@
+// A router's step, layer after layer: attention, routed experts asked for, the shared one meanwhile, and their sum.
+#include "moray_actors.h"
+#include "shm_link.h"
+
+namespace moray {
+namespace {
+
+bool ask(moray_run &run, const moray_run_layer &layer) {
+    moray_exchange &x = *run.exchange;
+    x.layer = layer.number;
+    x.keys = layer.keys;
+    x.keys_of_pairs = 0;
+    if (!layer.keys) {
+        for (int32_t h = 0; h < x.hosts; h++) x.asked[h].begin = x.asked[h].end = x.asked[h].sent = 0;
+        return false;
+    }
+    run.asked = moray_ask_experts(&x) == MORAY_DONE;
+    return run.asked;
+}
+
+bool collect(moray_run &run, const moray_run_layer &layer) {
+    if (!run.asked) return false;
+    const moray_exchange &x = *run.exchange;
+    const int64_t began = now_ns();
+    const int outcome = moray_collect_experts(run.exchange, run.wait_us, run.routed, layer.load);
+    run.last_wait_ns = now_ns() - began;
+    run.waited_ns += run.last_wait_ns;
+    if (outcome != MORAY_DONE) return false;
+    run.asked = 0;
+    for (int32_t h = 0; h < x.hosts; h++)
+        if (x.asked[h].sent) run.answered[run.layer * x.hosts + h] = {x.asked[h].end - x.asked[h].begin, x.asked[h].answer_ns};
+    return true;
+}
+
+}  // namespace
+}  // namespace moray
+
+extern "C" int moray_run_layers(moray_run *state) {
+    moray_run &run = *state;
+    const moray_exchange &x = *run.exchange;
+    for (; run.layer < run.count; run.layer++, run.stage = MORAY_ATTEND) {
+        const moray_run_layer &layer = run.layers[run.layer];
+        if (run.stage == MORAY_ATTEND) {
+            run.attention(layer.attention, run.batch, run.hidden, layer.cache, run.normed, layer.routed ? run.experts : nullptr,
+                          layer.routed ? run.weights : nullptr);
+            run.stage = MORAY_ASK;
+        }
+        if (run.stage == MORAY_ASK) {
+            if (layer.routed && !moray::ask(run, layer)) return MORAY_LEFT;
+            run.stage = MORAY_SHARE;
+        }
+        if (run.stage == MORAY_SHARE) {
+            if (layer.mlp) run.swiglu(run.normed, x.tokens, layer.mlp, run.shared);
+            run.stage = MORAY_COLLECT;
+        }
+        if (run.stage == MORAY_COLLECT) {
+            if (layer.routed && !moray::collect(run, layer)) return MORAY_LEFT;
+            run.stage = MORAY_ADD;
+        }
+        run.add(run.hidden, layer.routed ? run.routed : nullptr, layer.mlp ? run.shared : nullptr,
+                static_cast<int64_t>(x.tokens) * x.hidden);
+    }
+    return MORAY_DONE;
+}
