@@ -10,19 +10,23 @@ continued on another router, after a preemption or beside other requests, and co
 * probability masses are summed as integers, in units of 2**-45 of the most likely token's: exact in any order. Rounding
   to them moves the mass at top-p's border by less than 2e-9; the probabilities of the tokens that stay are not rounded.
 
-This file is the definition, on CPU tensors; `sampling_kernels.py` chooses the same tokens on the device.
+This file is the definition, in torch on CPU tensors. `cpu/sampling.py` and, on the device, `sampling_kernels.py` choose the
+same tokens; torch does where there is no native library.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from . import sampling_kernels
+from .cpu import sampling as cpu_sampling
+from .cpu.library import native
 from .exact_math import exp_of_negative, log
 from .launch import uses_triton
 from .sampling_kernels import MASS_BITS, MAX_VOCABULARY
@@ -62,7 +66,11 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:
     """
     if logits.shape[0] != len(rows) or logits.dtype != torch.float32 or not 0 < logits.shape[1] <= MAX_VOCABULARY:
         raise ValueError(f"{len(rows)} rows to sample from logits {list(logits.shape)} in {logits.dtype}")
-    return _sample_on_device(logits, rows) if uses_triton(logits) else _sample_reference(logits, rows)
+    if uses_triton(logits):
+        return _sample_on_device(logits, rows)
+    if (library := native()) is not None:
+        return cpu_sampling.choose(library, logits, array("q", [field for row in rows for field in _packed(row)]))
+    return _sample_reference(logits, rows)
 
 
 def _sample_on_device(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:
@@ -79,7 +87,7 @@ def _sample_on_device(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list
 
 
 def _packed(row: RowSampling) -> list[int]:
-    """A row's line of the table that goes to the device, in the order of `sampling_kernels.FIELDS`."""
+    """A row's line of the table that goes to a kernel, in the order of `sampling_kernels.FIELDS`."""
     if row.temperature <= 0.0:
         return [0] * len(sampling_kernels.FIELDS)
     numbers = struct.pack("<3d", _bounded(row.temperature), row.top_p, row.min_p)

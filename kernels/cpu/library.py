@@ -109,6 +109,9 @@ class NativeLibrary:
         self.swiglu_address = ctypes.cast(self.swiglu, c_void_p).value
         self.add_address = ctypes.cast(self.add, c_void_p).value
         self.combine_address = ctypes.cast(self.combine, c_void_p).value
+        self.sample = declared(
+            library, "moray_sample", None, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p
+        )  # logits, stride, rows, vocabulary, table of rows, tokens
         self.use(self.best)
 
     @property

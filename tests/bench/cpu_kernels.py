@@ -6,6 +6,8 @@ One MoE layer of FP8 experts for so many tokens, on weights that are rotated out
 that reading the same bytes takes: a pass over a large bf16 matrix by the same threads, which is the floor. All weights are in
 huge pages where Linux has any. Medians; close everything else. torch keeps to one thread, since its own look for work for
 milliseconds and take the cores.
+
+Then sampling: rows of normal logits, natively and by the definition in torch, in turn.
 """
 
 from __future__ import annotations
@@ -23,12 +25,23 @@ from moray.kernels.cpu.matrix import linear, pack
 from moray.kernels.experts import ExpertWeights, MlpWeights, grouped_mlp
 from moray.kernels.fp8 import BLOCK, BlockWeight, scale_shape
 from moray.kernels.packed import PackedWeight
+from moray.kernels.sampling import RowSampling, _sample_reference, sample
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 LAYERS = 3
 """Sets of experts, used in turn: together far larger than a cache."""
 
 FLOOR_ROWS, FLOOR_COLUMNS = 131072, 1024
+
+VOCABULARIES = (32000, 129280)
+SAMPLED_ROWS = 8
+SAMPLED = {  # temperature, top_k, top_p, min_p
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "temperature": (1.0, 0, 1.0, 0.0),
+    "top-p": (1.0, 0, 0.95, 0.0),
+    "top-k": (1.0, 50, 1.0, 0.0),
+    "all": (0.6, 50, 0.95, 0.05),
+}
 
 
 def drawn(rows: int, columns: int) -> PackedWeight:
@@ -54,6 +67,22 @@ class Floor:
         began = time.perf_counter()
         linear(self.x, self.weight, torch.float32)
         return self.weight.nbytes / (time.perf_counter() - began)
+
+
+def measure_sampling(rounds: int) -> None:
+    print("vocabulary  sampling      us a row  torch: times as long (medians)")
+    for vocab in VOCABULARIES:
+        logits = torch.randn(SAMPLED_ROWS, vocab) * 3
+        for name, (temperature, top_k, top_p, min_p) in SAMPLED.items():
+            rows = [RowSampling(temperature, top_k, top_p, min_p, seed, seed) for seed in range(SAMPLED_ROWS)]
+            took: tuple[list[float], list[float]] = [], []
+            for _ in range(rounds):
+                for seconds, choose in zip(took, (sample, _sample_reference), strict=True):
+                    began = time.perf_counter()
+                    choose(logits, rows)
+                    seconds.append(time.perf_counter() - began)
+            ours, torchs = map(statistics.median, took)
+            print(f"{vocab:10}  {name:11} {ours / SAMPLED_ROWS * 1e6:10.1f} {torchs / ours:12.1f}")
 
 
 def main() -> None:
@@ -92,6 +121,7 @@ def main() -> None:
             f"{tokens:6} {touched:8} {seconds * 1e6:12.0f} {touched * one / seconds / 1e9:8.1f} {flops / seconds / 1e9:8.0f} "
             f"{statistics.median(ratios):16.2f}"
         )
+    measure_sampling(options.rounds)
 
 
 if __name__ == "__main__":

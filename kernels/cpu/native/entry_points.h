@@ -2,9 +2,11 @@
 #include "kernels.h"
 #include "layer.h"
 #include "mlp.h"
+#include "sampling.h"
 
 namespace {
 void prepare() { decoder.prepare(); }
 }  // namespace
 
-extern const moray::Kernels moray::MORAY_TABLE = {prepare, linear_rows, swiglu, grouped_mlp, attention, add, combine};
+extern const moray::Kernels moray::MORAY_TABLE = {prepare,   linear_rows, swiglu,  grouped_mlp,
+                                                     attention, add,         combine, sampling::sample};

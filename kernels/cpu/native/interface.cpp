@@ -112,4 +112,9 @@ void moray_combine(const moray_bf16 *const *outputs, const float *weights, int32
     kernels->combine(outputs, weights, tokens, top_k, width, out);
 }
 
+void moray_sample(const float *logits, int64_t stride, int32_t rows, int32_t width, const moray_sampling *how,
+                  int32_t *tokens) {
+    kernels->sample(logits, stride, rows, width, how, tokens);
+}
+
 }  // extern "C"

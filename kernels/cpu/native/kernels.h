@@ -15,6 +15,7 @@ struct Kernels {
     void (*attention)(const moray_layer *, const moray_batch *, moray_bf16 *, moray_bf16 *, moray_bf16 *, int64_t *, float *);
     void (*add)(moray_bf16 *, const float *, const float *, int64_t);
     void (*combine)(const moray_bf16 *const *, const float *, int32_t, int32_t, int32_t, float *);
+    void (*sample)(const float *, int64_t, int32_t, int32_t, const moray_sampling *, int32_t *);
 };
 
 extern const Kernels generic_kernels;

@@ -54,6 +54,14 @@ typedef struct {
     const float *rotation;      // [tokens, rope / 2, 2] cosine and sine
 } moray_batch;
 
+// How one row of logits is sampled, see kernels/sampling.py; all zeros: greedily.
+typedef struct {
+    double temperature;  // 0, or from 1e-100 to 1e100
+    int64_t top_k;       // 0, and from the vocabulary's size on: no such filter
+    double top_p, min_p;  // 1 and 0: no such filter
+    int64_t noise_key;   // 32 bits
+} moray_sampling;
+
 // Instruction sets, best first; moray_cpu_best gives the best that this machine has.
 enum { MORAY_AVX512_BF16 = 3, MORAY_AVX2 = 2, MORAY_GENERIC = 1 };
 int moray_cpu_best(void);
@@ -93,6 +101,11 @@ void moray_add(moray_bf16 *hidden, const float *routed, const float *shared, int
 // addresses of rows of `width`, which may lie anywhere.
 void moray_combine(const moray_bf16 *const *outputs, const float *weights, int32_t tokens, int32_t top_k, int32_t width,
                    float *out);
+
+// The chosen token of each row of logits [rows, width], `stride` elements from one to the next; -1 for a row whose largest
+// logit is not finite. width: from 1 to 2^18 - 1.
+void moray_sample(const float *logits, int64_t stride, int32_t rows, int32_t width, const moray_sampling *how,
+                  int32_t *tokens);
 
 #ifdef __cplusplus
 }

@@ -16,7 +16,7 @@ from moray.kernels import launch
 from moray.kernels.exact_math import device_exp_of_negative, device_log, exp_of_negative
 from moray.kernels.exact_math import log as exact_log
 from moray.kernels.launch import Config, kernel
-from moray.kernels.sampling import NOT_FINITE, RowSampling, gumbel_noise, kept_tokens, sample
+from moray.kernels.sampling import NOT_FINITE, RowSampling, _sample_reference, gumbel_noise, kept_tokens, sample
 from moray.kernels.sampling_kernels import MAX_VOCABULARY
 
 if TYPE_CHECKING:
@@ -27,12 +27,8 @@ GREEDY = replace(PLAIN, temperature=0.0)
 
 
 def reference(logits: torch.Tensor, rows: list[RowSampling]) -> list[int]:
-    """What the CPU path chooses, whatever the interpreter has been told."""
-    interpreted, launch.interpreted_architecture = launch.interpreted_architecture, None
-    try:
-        return sample(logits.cpu(), rows)
-    finally:
-        launch.interpreted_architecture = interpreted
+    """What the definition chooses."""
+    return _sample_reference(logits.cpu(), rows)
 
 
 def random_logits(rows: int, vocab: int, device: torch.device, seed: int = 0) -> torch.Tensor:
