@@ -6,6 +6,8 @@
 #ifndef MORAY_GEMM_H
 #define MORAY_GEMM_H
 
+#include <type_traits>
+
 #include "pool.h"
 #include "vector.h"
 
@@ -24,7 +26,7 @@ constexpr int ROWS = 2;      // 4 sums of two registers each, of 16
 #endif
 constexpr int DIRECT = 12;   // up to so many rows weights are decoded for every ROWS of them; more: once, into memory
 constexpr int ROW_BLOCK = 192;  // rows of totals held at a time: 48 KB
-constexpr int PANEL = 8 * BLOCK;  // columns decoded at a time: 64 x 1024 bf16 fit the second cache beside the activations
+constexpr int PANEL = BLOCK;  // columns computed for all rows at a time, if those are many: 16 KB of bf16, in the first cache
 
 // Tiles computed one beside the other: all of a packed group, or some that are neighbours in it.
 struct Tiles {
@@ -32,7 +34,8 @@ struct Tiles {
     const uint8_t *data;   // of the first tile's first column; each tile's lies 64 bytes after the one before
     int64_t step;          // bytes from one lot of columns to the next
     const float *scales;   // one for each block of columns, the same for the whole group; NULL where all are 1
-    const uint8_t *next;   // what is read after these, for the caches to fetch while the last columns are computed; or NULL
+    const uint8_t *next;   // what is read after these, for the caches to fetch while the last columns are computed; NULL for
+                           // tiles that are in the caches already
 };
 
 // Bytes that hold `columns` columns of a group of one tile.
@@ -52,17 +55,21 @@ INLINE Tiles tiles_of(const moray_matrix &m, int first, int most) {
     tiles.data = static_cast<const uint8_t *>(m.data) + group * GROUP * bytes_of_columns(m.kind, m.cols) + 64 * offset;
     tiles.step = 64 * whole;
     tiles.scales = m.scales ? m.scales + static_cast<int64_t>(first * TILE / BLOCK) * ((m.cols + BLOCK - 1) / BLOCK) : nullptr;
-    tiles.next = nullptr;
+    tiles.next = tiles.data;  // until somebody knows better
     return tiles;
 }
 
 INLINE const uint8_t *start_of(const moray_matrix &m, int group) { return tiles_of(m, group * GROUP, GROUP).data; }
 
-// What to fetch while a block of e4m3 is computed: the next block (8 KB of four tiles), or after the last what is read next.
-// Without, the experts of 8 tokens take 1.07 times as long on Zen 5; 2, 4 and 16 KB ahead are the same within noise.
-INLINE const uint8_t *ahead_of(const Tiles &tiles, const uint8_t *block, bool more) {
-    return more || !tiles.next ? block + tiles.step * (BLOCK / 4) : tiles.next;
+// What to fetch while a block of `bytes` is computed: the next one (8 KB of four tiles of e4m3, 16 KB of bf16), or after the
+// last what is read next. Twice and four times as far ahead are the same within noise.
+INLINE const uint8_t *ahead_of(const Tiles &tiles, const uint8_t *block, int64_t bytes, bool more) {
+    return !tiles.next ? block : more ? block + bytes : tiles.next;
 }
+
+// Into the second cache: the first can wait for few lines at a time. Where they were asked for there, one token's experts and
+// attention took 1.1 times as long (Zen 4).
+INLINE void fetch(const void *line) { __builtin_prefetch(line, 0, 2); }
 
 // totals[r][t][16] += x[r] . tile[t], columns begin to end (begin a multiple of BLOCK); data points at column `begin`.
 template <int R, int T, int KIND>
@@ -75,7 +82,11 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) sum[r][t] = all(0.0f);
+            for (int t = 0; t < T; t++) {
+                sum[r][t] = all(0.0f);
+                // Of many rows they are in the second cache, and would be waited for at the block's end.
+                if (R > 3) __builtin_prefetch(totals + r * row_stride + t * TILE);
+            }
         if (KIND == MORAY_F32) {
             for (int k = block; k < stop; k++, at += step) {
 #pragma GCC unroll 8
@@ -86,25 +97,34 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
                 }
             }
         } else if (KIND == MORAY_BF16) {
-            for (int k = block; k < stop; k += 2, at += step) {
-                Pair pair[R];
+            const auto columns = [&](auto fetching) __attribute__((always_inline)) {
+                const uint8_t *ahead = ahead_of(tiles, at, step * (BLOCK / 2), stop < end);
+                for (int k = block; k < stop; k += 2, at += step, ahead += step) {
+                    Pair pair[R];
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) pair[r] = pair_at(x[r] + k);
+                    for (int r = 0; r < R; r++) pair[r] = pair_at(x[r] + k);
 #pragma GCC unroll 8
-                for (int t = 0; t < T; t++) {
-                    const Pairs w = pairs_at(at + 64 * t);
+                    for (int t = 0; t < T; t++) {
+                        const Pairs w = pairs_at(at + 64 * t);
+                        if (fetching) fetch(ahead + 64 * t);
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; r++) sum[r][t] = dot(sum[r][t], pair[r], w);
+                        for (int r = 0; r < R; r++) sum[r][t] = dot(sum[r][t], pair[r], w);
+                    }
                 }
-            }
+            };
+            // What is in the caches is not fetched, and for a single row the machine reads ahead well enough by itself.
+            if (R > 1 && tiles.next)
+                columns(std::true_type{});
+            else
+                columns(std::false_type{});
         } else {
-            const uint8_t *ahead = ahead_of(tiles, at, stop < end);
+            const uint8_t *ahead = ahead_of(tiles, at, step * (BLOCK / 4), stop < end);
             for (int k = block; k < stop; k += 4, at += step, ahead += step) {
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
                     Pairs first, second;
                     decode(decoder, at + 64 * t, first, second);
-                    __builtin_prefetch(ahead + 64 * t);
+                    fetch(ahead + 64 * t);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) sum[r][t] = dot(sum[r][t], pair_at(x[r] + k), first);
 #pragma GCC unroll 8
@@ -173,12 +193,12 @@ INLINE Tiles decoded_tiles(const Tiles &tiles, int begin, int end, uint8_t *deco
     const uint8_t *at = tiles.data;
     for (int block = begin; block < end; block += BLOCK) {
         const int stop = block + BLOCK < end ? block + BLOCK : end;
-        const uint8_t *ahead = ahead_of(tiles, at, stop < end);
+        const uint8_t *ahead = ahead_of(tiles, at, tiles.step * (BLOCK / 4), stop < end);
         for (int k = block; k < stop; k += 4, at += tiles.step, ahead += tiles.step, decoded += 2 * result.step)
             for (int t = 0; t < tiles.count; t++) {
                 Pairs first, second;
                 decode(decoder, at + 64 * t, first, second);
-                __builtin_prefetch(ahead + 64 * t);
+                fetch(ahead + 64 * t);
                 store_pairs(decoded + 64 * t, first);
                 store_pairs(decoded + result.step + 64 * t, second);
             }
@@ -191,18 +211,21 @@ static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind
                     int64_t row_stride) {
     for (int r = 0; r < rows; r++) memset(totals + r * row_stride, 0, sizeof(float) * TILE * tiles.count);
     if (kind == MORAY_F32) return multiply_rows<MORAY_F32>(x, rows, tiles, 0, cols, totals, row_stride);
-    if (kind == MORAY_BF16) return multiply_rows<MORAY_BF16>(x, rows, tiles, 0, cols, totals, row_stride);
-    if (rows <= ROWS) return multiply_rows<MORAY_E4M3>(x, rows, tiles, 0, cols, totals, row_stride);
-    uint8_t *decoded = static_cast<uint8_t *>(moray::scratch(moray::DECODED, sizeof(bf16) * PANEL * TILE * GROUP));
+    // All rows of a panel before the next one: it stays in the first cache meanwhile.
+    const int columns = rows <= ROWS ? cols : PANEL;
+    const int64_t bytes = tiles.step * (PANEL / (kind == MORAY_BF16 ? 2 : 4));
     Tiles panel = tiles;
-    for (int begin = 0; begin < cols; begin += PANEL) {
-        const int end = begin + PANEL < cols ? begin + PANEL : cols;
-        panel.next = end < cols ? panel.data + tiles.step * (PANEL / 4) : tiles.next;
-        if (rows <= DIRECT)
+    for (int begin = 0; begin < cols; begin += columns, panel.data += bytes) {
+        const int end = begin + columns < cols ? begin + columns : cols;
+        panel.next = end < cols ? panel.data + bytes : tiles.next;
+        if (kind == MORAY_BF16) {
+            multiply_rows<MORAY_BF16>(x, rows, panel, begin, end, totals, row_stride);
+        } else if (rows <= DIRECT) {
             multiply_rows<MORAY_E4M3>(x, rows, panel, begin, end, totals, row_stride);
-        else
+        } else {
+            alignas(64) uint8_t decoded[sizeof(bf16) * PANEL * TILE * GROUP];
             multiply_rows<MORAY_BF16>(x, rows, decoded_tiles(panel, begin, end, decoded), begin, end, totals, row_stride);
-        panel.data += tiles.step * (PANEL / 4);
+        }
     }
 }
 
@@ -211,7 +234,7 @@ static void product_of(const bf16 *const *x, int rows, const moray_matrix &m, in
                        float *totals, int64_t row_stride) {
     while (count > 0) {
         Tiles tiles = tiles_of(m, first, count);
-        tiles.next = next;
+        if (next) tiles.next = next;
         product(x, rows, tiles, m.kind, m.cols, totals, row_stride);
         first += tiles.count;
         count -= tiles.count;
@@ -224,7 +247,7 @@ template <typename Row, typename Keep>
 INLINE void multiply_group(const moray_matrix &m, int group, int rows, Row row_at, Keep keep, const uint8_t *next = nullptr) {
     const int first = group * GROUP;
     Tiles tiles = tiles_of(m, first, GROUP);
-    tiles.next = next ? next : group + 1 < groups_in(m) ? start_of(m, group + 1) : nullptr;
+    if (next || group + 1 < groups_in(m)) tiles.next = next ? next : start_of(m, group + 1);
     const int outputs = m.rows - first * TILE < tiles.count * TILE ? m.rows - first * TILE : tiles.count * TILE;
     float *totals = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * ROW_BLOCK * 2 * GROUP * TILE));
     const bf16 *x[ROW_BLOCK];
