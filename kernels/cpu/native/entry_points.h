@@ -3,6 +3,7 @@
 #include "layer.h"
 #include "mlp.h"
 #include "sampling.h"
+#include "sums.h"
 
 namespace {
 void prepare() { decoder.prepare(); }

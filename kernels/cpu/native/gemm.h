@@ -242,12 +242,9 @@ static void product_of(const bf16 *const *x, int rows, const moray_matrix &m, in
     }
 }
 
-// One group of tiles of a matrix for all rows; `keep(row, first output, outputs, totals)` takes what came out.
+// `tiles` of a matrix from tile `first` on, for all rows; `keep(row, first output, outputs, totals)` takes what came out.
 template <typename Row, typename Keep>
-INLINE void multiply_group(const moray_matrix &m, int group, int rows, Row row_at, Keep keep, const uint8_t *next = nullptr) {
-    const int first = group * GROUP;
-    Tiles tiles = tiles_of(m, first, GROUP);
-    if (next || group + 1 < groups_in(m)) tiles.next = next ? next : start_of(m, group + 1);
+INLINE void multiply_part(const moray_matrix &m, int first, const Tiles &tiles, int rows, Row row_at, Keep keep) {
     const int outputs = m.rows - first * TILE < tiles.count * TILE ? m.rows - first * TILE : tiles.count * TILE;
     float *totals = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * ROW_BLOCK * 2 * GROUP * TILE));
     const bf16 *x[ROW_BLOCK];
@@ -257,6 +254,28 @@ INLINE void multiply_group(const moray_matrix &m, int group, int rows, Row row_a
         product(x, now, tiles, m.kind, m.cols, totals, GROUP * TILE);
         for (int r = 0; r < now; r++) keep(begin + r, first * TILE, outputs, totals + r * GROUP * TILE);
     }
+}
+
+// The same of a whole group.
+template <typename Row, typename Keep>
+INLINE void multiply_group(const moray_matrix &m, int group, int rows, Row row_at, Keep keep, const uint8_t *next = nullptr) {
+    Tiles tiles = tiles_of(m, group * GROUP, GROUP);
+    if (next || group + 1 < groups_in(m)) tiles.next = next ? next : start_of(m, group + 1);
+    multiply_part(m, group * GROUP, tiles, rows, row_at, keep);
+}
+
+// What `most` tiles of a matrix read from `first` on, up to the end of their group.
+INLINE moray::Ahead tiles_ahead(const moray_matrix &m, int first, int most) {
+    const Tiles tiles = tiles_of(m, first, most);
+    return {tiles.data, static_cast<int32_t>(bytes_of_columns(m.kind, m.cols) / 64), 64 * tiles.count, tiles.step};
+}
+
+// What `count` groups read from `group` on, which lies together: as much as half the second cache holds.
+INLINE moray::Ahead groups_ahead(const moray_matrix &m, int group, int count) {
+    constexpr int64_t WIDTH = 64 * GROUP, MOST = 512 << 10;
+    const int first = group * GROUP, last = first + count * GROUP < tiles_in(m) ? first + count * GROUP : tiles_in(m);
+    const int64_t bytes = (last - first) * bytes_of_columns(m.kind, m.cols);
+    return {start_of(m, group), static_cast<int32_t>((bytes < MOST ? bytes : MOST) / WIDTH), WIDTH, WIDTH};
 }
 
 INLINE void keep_bf16(bf16 *to, const float *from, int count) {

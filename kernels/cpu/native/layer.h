@@ -1,8 +1,9 @@
-// The attention half of a layer in one parallel region, stage after stage; and the small steps around the experts.
+// The attention half of a layer in one parallel region, stage after stage.
 #ifndef MORAY_LAYER_H
 #define MORAY_LAYER_H
 
 #include "attention.h"
+#include "gate.h"
 #include "gemm.h"
 
 namespace {
@@ -37,71 +38,14 @@ INLINE void rotate(const bf16 *x, const float *rotation, int width, bf16 *out) {
     }
 }
 
-// Whether score `a` of expert or group `i` comes before `b` of `j`: a NaN before all numbers, of equals the lower number.
-INLINE bool before(float a, int i, float b, int j) {
-    if (a != a) return b == b || i < j;
-    if (b != b) return false;
-    return a > b || (a == b && i < j);
-}
-
-INLINE int best_of(const float *scores, int count, const uint8_t *barred) {
-    int best = -1;
-    for (int i = 0; i < count; i++)
-        if (!(barred && barred[i]) && (best < 0 || before(scores[i], i, scores[best], best))) best = i;
-    return best;
-}
-
-// The choice of kernels/gate.py for one token; `scores` and `choice` are room for `experts` floats each.
-static void select_experts(const moray_layer &layer, const float *logits, float *scores, float *choice, uint8_t *barred,
-                           int64_t *ids, float *weights) {
-    const int experts = layer.experts, size = experts / layer.groups;
-    if (layer.softmax) {
-        float largest = logits[0], total = 0.0f;
-        for (int e = 1; e < experts; e++) largest = logits[e] > largest ? logits[e] : largest;
-        for (int e = 0; e < experts; e++) total += scores[e] = exponential(all(logits[e] - largest))[0];
-        for (int e = 0; e < experts; e++) scores[e] /= total;
-    } else {
-        for (int e = 0; e < experts; e++) scores[e] = 1.0f / (1.0f + exponential(all(-logits[e]))[0]);
-    }
-    for (int e = 0; e < experts; e++) choice[e] = layer.gate_bias ? scores[e] + layer.gate_bias[e] : scores[e];
-    memset(barred, 0, experts + layer.groups);
-    uint8_t *barred_groups = barred + experts;
-    if (layer.groups > 1) {
-        float best[layer.groups];
-        for (int g = 0; g < layer.groups; g++) {
-            const float *member = choice + g * size;
-            const int first = best_of(member, size, nullptr);
-            best[g] = member[first];
-            if (layer.gate_bias) {
-                barred[g * size + first] = 1;
-                best[g] += member[best_of(member, size, barred + g * size)];
-                barred[g * size + first] = 0;
-            }
-        }
-        for (int kept = 0; kept < layer.kept_groups; kept++) barred_groups[best_of(best, layer.groups, barred_groups)] = 1;
-        // Experts of other groups come after all of these, lower numbers first: as if their scores were -infinity.
-        for (int e = 0; e < experts; e++)
-            if (!barred_groups[e / size]) choice[e] = -INFINITY;
-    }
-    float total = 0.0f;
-    for (int k = 0; k < layer.top_k; k++) {
-        const int e = best_of(choice, experts, barred);
-        barred[e] = 1;
-        ids[k] = e;
-        weights[k] = scores[e];
-        total += scores[e];
-    }
-    for (int k = 0; k < layer.top_k; k++) {
-        if (layer.normalise) weights[k] /= total + 1e-20f;
-        weights[k] *= layer.routed_scale;
-    }
-}
-
 // Where a piece of work starts to read, of `heads` matrices whose groups are numbered one after the other; NULL past the last.
 INLINE const uint8_t *start_of_piece(const moray_matrix *matrices, int heads, int piece) {
     const int groups = groups_in(matrices[0]);
     return piece < heads * groups ? start_of(matrices[piece / groups], piece % groups) : nullptr;
 }
+
+// With so few tokens each thread computes a norm that all of them need for itself: less than waiting for another's takes.
+constexpr int FEW = 2;
 
 struct LayerJob {
     const moray_layer *layer;
@@ -111,123 +55,210 @@ struct LayerJob {
     float *topk_weights;
     // Between stages; q is [tokens, heads * (nope + rope)], queries [tokens, heads, row], attended [tokens, heads, kv_rank],
     // context [tokens, heads * value].
-    bf16 *x, *q_low, *latent, *q, *queries, *attended, *context, *out;
+    bf16 *x, *q_low, *latent, *q, *queries, *attended, *context;
     float *logits;
     const Piece *pieces;
-    int piece_count;
-    moray::Stage stages[13];
+    int piece_count, query_tiles;
+    moray::Stage *heads;  // [3, heads]: of each, groups of q_b, of key_up, and tiles of queries that are done
+    moray::Stage norm, q_a, kv_a, q_norm, q_b, latents, key_up, attention, value_up, o, feed_forward_norm, gate, selection;
 };
 
-static void layer_task(void *argument) {
-    LayerJob &job = *static_cast<LayerJob *>(argument);
+// Rows that every thread needs, by `norm(token, out)`: in memory of its own, or in `common` once all are done.
+template <typename Norm>
+INLINE const bf16 *normed_rows(int tokens, int64_t width, bf16 *common, moray::Stage &stage, Norm norm) {
+    if (tokens <= FEW) {
+        bf16 *own = static_cast<bf16 *>(moray::scratch(moray::NORMED, sizeof(bf16) * tokens * width));
+        for (int t = 0; t < tokens; t++) norm(t, own + t * width);
+        return own;
+    }
+    moray::share(stage, tokens, [&](int t) { norm(t, common + t * width); });
+    moray::wait_for(stage, tokens);
+    return common;
+}
+
+// The groups of a matrix that hold rows of `head`, `width` rows each: from the first on, how many.
+INLINE int first_group_of(int head, int width) { return head * width / (GROUP * TILE); }
+INLINE int groups_of_head(int head, int width) {
+    return ((head + 1) * width - 1) / (GROUP * TILE) - first_group_of(head, width) + 1;
+}
+
+// From x to what each head attended to. A thread that finds nothing left of one matrix goes on to the next: it waits for what
+// its piece needs, of a head, which in the order of the pieces is nearly always there.
+static void attend_heads(LayerJob &job) {
     const moray_layer &l = *job.layer;
     const moray_batch &b = *job.batch;
     const int tokens = b.tokens, head_width = l.nope + l.rope;
-    const int64_t hidden_size = l.hidden, q_width = static_cast<int64_t>(l.heads) * head_width, row = b.row;
-    moray::Stage *stage = job.stages;
+    const int64_t hidden_size = l.hidden, row = b.row, q_width = static_cast<int64_t>(l.heads) * head_width;
+    moray::Stage *q_done = job.heads, *key_done = q_done + l.heads, *attended = key_done + l.heads;
 
-    moray::share(stage[0], tokens, [&](int t) {
-        rms_norm(job.hidden + t * hidden_size, l.attention_norm, l.hidden, l.eps, job.x + t * hidden_size);
-    });
-    moray::wait_for(stage[0], tokens);
-
-    // What reads x: the queries, or what they are compressed to, and the latents. The latters' norm is not waited for before
-    // attention, so that threads have work left while the queries' is computed.
-    const moray_matrix &first = l.q_rank ? l.q_a : l.q_b;
-    linear(first, job.x, l.hidden, tokens, l.q_rank ? job.q_low : job.q, first.rows, stage[1]);
-    linear(l.kv_a, job.x, l.hidden, tokens, job.latent, row, stage[2]);
-    moray::wait_for(stage[1], groups_in(first));
-    if (l.q_rank) {
-        moray::share(stage[3], tokens, [&](int t) {
-            bf16 *low = job.q_low + static_cast<int64_t>(t) * l.q_rank;
-            rms_norm(low, l.q_norm, l.q_rank, l.eps, low);
+    const bf16 *x = nullptr, *low = nullptr;
+    const auto need_x = [&](int, int) {
+        if (x) return;
+        x = normed_rows(tokens, hidden_size, job.x, job.norm, [&](int t, bf16 *out) {
+            rms_norm(job.hidden + t * hidden_size, l.attention_norm, l.hidden, l.eps, out);
         });
-        moray::wait_for(stage[3], tokens);
-        linear(l.q_b, job.q_low, l.q_rank, tokens, job.q, q_width, stage[4]);
-    }
-    moray::wait_for(stage[2], groups_in(l.kv_a));
-    moray::share(stage[5], tokens, [&](int t) {
-        const bf16 *latent = job.latent + t * row;
-        bf16 *cached = job.cache + b.cache_rows[t] * row;
-        rms_norm(latent, l.kv_norm, l.kv_rank, l.eps, cached);
-        rotate(latent + l.kv_rank, b.rotation + static_cast<int64_t>(t) * l.rope, l.rope, cached + l.kv_rank);
-    });
-    if (l.q_rank) moray::wait_for(stage[4], groups_in(l.q_b));
+    };
+    const auto project = [&](const moray_matrix &m, bf16 *out, moray::Stage &stage) {
+        moray::share(stage, groups_in(m), need_x, [&](int group) {
+            multiply_group(
+                m, group, tokens, [&](int t) { return x + t * hidden_size; },
+                [&](int t, int at, int outputs, const float *totals) {
+                    keep_bf16(out + static_cast<int64_t>(t) * m.rows + at, totals, outputs);
+                });
+        });
+    };
+    if (l.q_rank) project(l.q_a, job.q_low, job.q_a);
+    project(l.kv_a, job.latent, job.kv_a);
+
+    moray::share(
+        job.q_b, groups_in(l.q_b),
+        [&](int group, int count) {
+            if (low) return;
+            if (!l.q_rank) {
+                need_x(0, 0);
+                low = x;
+                return;
+            }
+            moray::wait_for(job.q_a, groups_in(l.q_a), groups_ahead(l.q_b, group, count));
+            low = normed_rows(tokens, l.q_rank, job.q_low, job.q_norm, [&](int t, bf16 *out) {
+                rms_norm(job.q_low + static_cast<int64_t>(t) * l.q_rank, l.q_norm, l.q_rank, l.eps, out);
+            });
+        },
+        [&](int group) {
+            multiply_group(
+                l.q_b, group, tokens, [&](int t) { return low + static_cast<int64_t>(t) * l.q_b.cols; },
+                [&](int t, int at, int outputs, const float *totals) { keep_bf16(job.q + t * q_width + at, totals, outputs); });
+            for (int h = group * GROUP * TILE / head_width; h < l.heads && first_group_of(h, head_width) <= group; h++)
+                moray::did(q_done[h], groups_of_head(h, head_width));
+        });
+
+    moray::share(
+        job.latents, tokens, [&](int, int) { moray::wait_for(job.kv_a, groups_in(l.kv_a)); },
+        [&](int t) {
+            const bf16 *latent = job.latent + t * row;
+            bf16 *cached = job.cache + b.cache_rows[t] * row;
+            rms_norm(latent, l.kv_norm, l.kv_rank, l.eps, cached);
+            rotate(latent + l.kv_rank, b.rotation + static_cast<int64_t>(t) * l.rope, l.rope, cached + l.kv_rank);
+        });
 
     const int absorbing = groups_in(l.key_up[0]);
-    moray::share(stage[6], l.heads * absorbing, [&](int piece) {
-        const int head = piece / absorbing;
+    moray::share(job.key_up, l.heads * absorbing, [&](int piece) {
+        const int head = piece / absorbing, group = piece % absorbing;
+        moray::wait_for(q_done[head], groups_of_head(head, head_width), groups_ahead(l.key_up[head], group, absorbing));
         const bf16 *q = job.q + static_cast<int64_t>(head) * head_width;
         bf16 *to = job.queries + head * row;
-        if (piece % absorbing == 0)
+        if (group == 0)
             for (int t = 0; t < tokens; t++)
                 rotate(q + t * q_width + l.nope, b.rotation + static_cast<int64_t>(t) * l.rope, l.rope,
                        to + t * l.heads * row + l.kv_rank);
         multiply_group(
-            l.key_up[head], piece % absorbing, tokens, [&](int t) { return q + t * q_width; },
+            l.key_up[head], group, tokens, [&](int t) { return q + t * q_width; },
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(to + t * l.heads * row + at, totals, outputs);
             },
             start_of_piece(l.key_up, l.heads, piece + 1));
+        moray::did(key_done[head], absorbing);
     });
-    moray::wait_for(stage[6], l.heads * absorbing);
-    moray::wait_for(stage[5], tokens);
-
-    const AttentionJob attention = {&l, &b, job.queries, job.cache, job.attended};
-    moray::share(stage[7], job.piece_count, [&](int piece) { attend(attention, job.pieces[piece]); });
-    moray::wait_for(stage[7], job.piece_count);
 
     const int raising = groups_in(l.value_up[0]);
+    const AttentionJob attention = {&l, &b, job.queries, job.cache, job.attended};
+    moray::share(job.attention, job.piece_count, [&](int number) {
+        const Piece &piece = job.pieces[number];
+        moray::wait_for(job.latents, tokens);
+        for (int h = piece.first_head; h < piece.first_head + piece.heads; h++)
+            moray::wait_for(key_done[h], absorbing, groups_ahead(l.value_up[h], 0, raising));
+        attend(attention, piece);
+        for (int h = piece.first_head; h < piece.first_head + piece.heads; h++) moray::did(attended[h], job.query_tiles);
+    });
+
     const int64_t attended_width = static_cast<int64_t>(l.heads) * l.kv_rank;
     const int64_t context_width = static_cast<int64_t>(l.heads) * l.value;
-    moray::share(stage[8], l.heads * raising, [&](int piece) {
-        const int head = piece / raising;
+    moray::share(job.value_up, l.heads * raising, [&](int piece) {
+        const int head = piece / raising, group = piece % raising;
+        moray::wait_for(attended[head], job.query_tiles, groups_ahead(l.value_up[head], group, raising));
         multiply_group(
-            l.value_up[head], piece % raising, tokens,
-            [&](int t) { return job.attended + t * attended_width + head * l.kv_rank; },
+            l.value_up[head], group, tokens, [&](int t) { return job.attended + t * attended_width + head * l.kv_rank; },
             [&](int t, int at, int outputs, const float *totals) {
                 keep_bf16(job.context + t * context_width + head * l.value + at, totals, outputs);
             },
             start_of_piece(l.value_up, l.heads, piece + 1));
     });
-    moray::wait_for(stage[8], l.heads * raising);
+}
 
-    linear(l.o, job.context, context_width, tokens, job.out, l.hidden, stage[9]);
-    moray::wait_for(stage[9], groups_in(l.o));
+static void layer_task(void *argument) {
+    LayerJob &job = *static_cast<LayerJob *>(argument);
+    const moray_layer &l = *job.layer;
+    const int tokens = job.batch->tokens;
+    const int64_t hidden_size = l.hidden, context_width = static_cast<int64_t>(l.heads) * l.value;
 
-    moray::share(stage[10], tokens, [&](int t) {
-        bf16 *hidden = job.hidden + t * hidden_size;
-        const bf16 *out = job.out + t * hidden_size;
-        int i = 0;
-        for (; i + TILE <= l.hidden; i += TILE) narrow16(hidden + i, widen16(hidden + i) + widen16(out + i));
-        for (; i < l.hidden; i++) hidden[i] = narrow(widen(hidden[i]) + widen(out[i]));
-        rms_norm(hidden, l.feed_forward_norm, l.hidden, l.eps, job.normed + t * hidden_size);
-    });
-    moray::wait_for(stage[10], tokens);
-    if (!l.experts) return;
+    attend_heads(job);
 
-    moray::share(stage[11], groups_in(l.gate), [&](int group) {
-        multiply_group(
-            l.gate, group, tokens, [&](int t) { return job.normed + t * hidden_size; },
-            [&](int t, int at, int outputs, const float *totals) {
-                memcpy(job.logits + static_cast<int64_t>(t) * l.experts + at, totals, sizeof(float) * outputs);
+    const int value_pieces = l.heads * groups_in(l.value_up[0]);
+    moray::share(
+        job.o, groups_in(l.o),
+        [&](int group, int count) { moray::wait_for(job.value_up, value_pieces, groups_ahead(l.o, group, count)); },
+        [&](int group) {
+            multiply_group(
+                l.o, group, tokens, [&](int t) { return job.context + t * context_width; },
+                [&](int t, int at, int outputs, const float *totals) {
+                    bf16 rounded[GROUP * TILE], *hidden = job.hidden + t * hidden_size + at;
+                    keep_bf16(rounded, totals, outputs);
+                    int i = 0;
+                    for (; i + TILE <= outputs; i += TILE) narrow16(hidden + i, widen16(hidden + i) + widen16(rounded + i));
+                    for (; i < outputs; i++) hidden[i] = narrow(widen(hidden[i]) + widen(rounded[i]));
+                });
+        });
+
+    // The gate two tiles at a time: of few experts, there are no groups for all threads.
+    constexpr int PART = 2;
+    const int parts = l.experts ? (tiles_in(l.gate) + PART - 1) / PART : 0;
+    const bf16 *normed = nullptr;
+    const auto norm = [&](int t, bf16 *out) {
+        rms_norm(job.hidden + t * hidden_size, l.feed_forward_norm, l.hidden, l.eps, out);
+    };
+    moray::share(
+        job.gate, parts,
+        [&](int part, int) {
+            if (normed) return;
+            moray::wait_for(job.o, groups_in(l.o), tiles_ahead(l.gate, part * PART, PART));
+            normed = normed_rows(tokens, l.hidden, job.normed, job.feed_forward_norm, norm);
+        },
+        [&](int part) {
+            const Tiles tiles = tiles_of(l.gate, part * PART, PART);
+            multiply_part(
+                l.gate, part * PART, tiles, tokens, [&](int t) { return normed + t * hidden_size; },
+                [&](int t, int at, int outputs, const float *totals) {
+                    memcpy(job.logits + static_cast<int64_t>(t) * l.experts + at, totals, sizeof(float) * outputs);
+                });
+        });
+    // What others are given of the norm, where no thread has written it yet.
+    moray::share(
+        job.feed_forward_norm, tokens, [&](int, int) { moray::wait_for(job.o, groups_in(l.o)); },
+        [&](int t) { norm(t, job.normed + t * hidden_size); });
+    if (l.experts) {
+        float *room = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * 4 * l.experts));
+        moray::share(
+            job.selection, tokens, [&](int, int) { moray::wait_for(job.gate, parts); },
+            [&](int t) {
+                select_experts(l, job.logits + static_cast<int64_t>(t) * l.experts, room, room + l.experts,
+                               reinterpret_cast<uint8_t *>(room + 2 * l.experts),
+                               job.topk_ids + static_cast<int64_t>(t) * l.top_k,
+                               job.topk_weights + static_cast<int64_t>(t) * l.top_k);
             });
-    });
-    moray::wait_for(stage[11], groups_in(l.gate));
+        moray::wait_for(job.selection, tokens);
+    }
+    moray::wait_for(job.feed_forward_norm, tokens);
+}
 
-    float *room = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * 4 * l.experts));
-    moray::share(stage[12], tokens, [&](int t) {
-        select_experts(l, job.logits + static_cast<int64_t>(t) * l.experts, room, room + l.experts,
-                       reinterpret_cast<uint8_t *>(room + 2 * l.experts), job.topk_ids + static_cast<int64_t>(t) * l.top_k,
-                       job.topk_weights + static_cast<int64_t>(t) * l.top_k);
-    });
-    moray::wait_for(stage[12], tokens);
+static int query_tiles_in(const moray_batch &b) {
+    int tiles = 0;
+    for (int s = 0; s < b.segments; s++) tiles += (b.segment[4 * s + 1] + QUERIES - 1) / QUERIES;
+    return tiles;
 }
 
 // Pieces of about equal size, so many that every thread gets some.
 static int plan_attention(const moray_layer &l, const moray_batch &b, int threads, Piece *pieces) {
-    int tiles = 0;
-    for (int s = 0; s < b.segments; s++) tiles += (b.segment[4 * s + 1] + QUERIES - 1) / QUERIES;
+    const int tiles = query_tiles_in(b);
     int heads = l.heads < MOST_HEADS ? l.heads : MOST_HEADS;
     while (heads > 4 && tiles * ((l.heads + heads - 1) / heads) < threads) heads = (heads + 1) / 2;
     int count = 0;
@@ -251,21 +282,26 @@ static void attention(const moray_layer *layer, const moray_batch *batch, bf16 *
     const int64_t sizes[] = {
         l.hidden, l.q_rank, batch->row, static_cast<int64_t>(l.heads) * (l.nope + l.rope),
         static_cast<int64_t>(l.heads) * batch->row, static_cast<int64_t>(l.heads) * l.kv_rank,
-        static_cast<int64_t>(l.heads) * l.value, l.hidden};
+        static_cast<int64_t>(l.heads) * l.value};
     size_t bytes = 0;
     for (int64_t size : sizes) bytes += (sizeof(bf16) * tokens * size + 127) & ~static_cast<size_t>(63);
     const size_t logit_bytes = (sizeof(float) * tokens * l.experts + 63) & ~static_cast<size_t>(63);
-    uint8_t *memory = static_cast<uint8_t *>(moray::scratch(moray::SHARED, bytes + logit_bytes + sizeof(Piece) * count));
-    bf16 *buffer[8];
-    for (int i = 0; i < 8; i++) {
+    const size_t head_bytes = sizeof(moray::Stage) * 3 * l.heads;
+    uint8_t *memory =
+        static_cast<uint8_t *>(moray::scratch(moray::SHARED, bytes + logit_bytes + head_bytes + sizeof(Piece) * count));
+    bf16 *buffer[7];
+    for (int i = 0; i < 7; i++) {
         buffer[i] = reinterpret_cast<bf16 *>(memory);
         memory += (sizeof(bf16) * tokens * sizes[i] + 127) & ~static_cast<size_t>(63);
     }
-    Piece *pieces = reinterpret_cast<Piece *>(memory + logit_bytes);
+    moray::Stage *heads = reinterpret_cast<moray::Stage *>(memory + logit_bytes);
+    memset(heads, 0, head_bytes);
+    Piece *pieces = reinterpret_cast<Piece *>(memory + logit_bytes + head_bytes);
     plan_attention(l, *batch, threads, pieces);
     LayerJob job = {layer, batch, hidden, cache, normed, topk_ids, topk_weights,
-                    buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], buffer[5], buffer[6], buffer[7],
-                    reinterpret_cast<float *>(memory), pieces, count, {}};
+                    buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], buffer[5], buffer[6],
+                    reinterpret_cast<float *>(memory), pieces, count, query_tiles_in(*batch), heads,
+                    {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     moray::run(layer_task, &job);
 }
 
@@ -299,73 +335,6 @@ static void linear_task(void *argument) {
 static void linear_rows(const bf16 *x, int32_t tokens, const moray_matrix *matrix, void *out, int out_f32) {
     LinearJob job = {x, tokens, matrix, out, out_f32, {}};
     moray::run(linear_task, &job);
-}
-
-static void add(bf16 *hidden, const float *routed, const float *shared, int64_t elements) {
-    int64_t i = 0;
-    for (; i + TILE <= elements; i += TILE) {
-        Floats sum = routed ? load(routed + i) : load(shared + i);
-        if (routed && shared) sum = sum + load(shared + i);
-        bf16 rounded[TILE];
-        narrow16(rounded, sum);
-        narrow16(hidden + i, widen16(hidden + i) + widen16(rounded));
-    }
-    for (; i < elements; i++) {
-        float sum = routed ? routed[i] : shared[i];
-        if (routed && shared) sum += shared[i];
-        hidden[i] = narrow(widen(hidden[i]) + widen(narrow(sum)));
-    }
-}
-
-struct CombineJob {
-    const bf16 *const *outputs;
-    const float *weights;
-    int32_t tokens, top_k, width;
-    float *out;
-    moray::Stage rows;
-};
-
-static void combine_task(void *argument) {
-    CombineJob &job = *static_cast<CombineJob *>(argument);
-    moray::share(job.rows, job.tokens, [&](int t) {
-        const bf16 *const *outputs = job.outputs + static_cast<int64_t>(t) * job.top_k;
-        const float *weights = job.weights + static_cast<int64_t>(t) * job.top_k;
-        float *out = job.out + static_cast<int64_t>(t) * job.width;
-        int i = 0;
-        // Whole cache lines of one output after the other: 16 columns at a time took 1.7 times as long (64 x 8 rows of 7168, Zen 5).
-        for (; i + 4 * TILE <= job.width; i += 4 * TILE) {
-            Floats total[4];
-#pragma GCC unroll 4
-            for (int part = 0; part < 4; part++) total[part] = widen16(outputs[0] + i + part * TILE) * all(weights[0]);
-            for (int k = 1; k < job.top_k; k++) {
-                const bf16 *output = outputs[k] + i;
-                const Floats weight = all(weights[k]);
-#pragma GCC unroll 4
-                for (int part = 0; part < 4; part++) total[part] = total[part] + widen16(output + part * TILE) * weight;
-            }
-#pragma GCC unroll 4
-            for (int part = 0; part < 4; part++) store(out + i + part * TILE, total[part]);
-        }
-        for (; i + TILE <= job.width; i += TILE) {
-            Floats total = widen16(outputs[0] + i) * all(weights[0]);
-            for (int k = 1; k < job.top_k; k++) total = total + widen16(outputs[k] + i) * all(weights[k]);
-            store(out + i, total);
-        }
-        for (; i < job.width; i++) {
-            float total = widen(outputs[0][i]) * weights[0];
-            for (int k = 1; k < job.top_k; k++) total = total + widen(outputs[k][i]) * weights[k];
-            out[i] = total;
-        }
-    });
-    moray::wait_for(job.rows, job.tokens);
-}
-
-static void combine(const bf16 *const *outputs, const float *weights, int32_t tokens, int32_t top_k, int32_t width, float *out) {
-    CombineJob job = {outputs, weights, tokens, top_k, width, out, {}};
-    if (static_cast<int64_t>(tokens) * top_k * width < 1 << 17)  // less than a wake-up costs
-        combine_task(&job);
-    else
-        moray::run(combine_task, &job);
 }
 
 }  // namespace

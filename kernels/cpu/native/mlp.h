@@ -50,7 +50,7 @@ struct MlpJob {
 };
 
 // Pieces of work are numbered run after run, all middles and then all outputs, so that threads read one matrix after the other.
-// For outputs a thread waits for the middles of that run alone: only for the last run's may it have to.
+// For outputs a thread waits for the middles of that run alone: only for the last run's may it have to, and reads ahead then.
 template <typename Keep>
 INLINE void mlp_pieces(MlpJob &job, Keep keep) {
     const moray_mlp &shape = *job.runs[0].mlp;
@@ -63,7 +63,8 @@ INLINE void mlp_pieces(MlpJob &job, Keep keep) {
         return out < 0 ? start_of(job.runs[piece / middles].mlp->gate_up, piece % middles)
                        : start_of(job.runs[out / outs].mlp->down, out % outs);
     };
-    moray::share(job.all, pieces, [&](int piece) {
+    int mine = 0;  // the piece after this thread's last one
+    moray::share(job.all, pieces, [&](int piece, int count) { mine = piece + count; }, [&](int piece) {
         const uint8_t *next = start(piece + 1);
         const int out = piece - all_middles, number = out < 0 ? piece / middles : out / outs;
         const Run &run = job.runs[number];
@@ -73,7 +74,7 @@ INLINE void mlp_pieces(MlpJob &job, Keep keep) {
             middle_group(run.mlp->gate_up, piece % middles, run.count, row, middle, next);
             moray::did(job.middles[number], middles);
         } else {
-            moray::wait_for(job.middles[number], middles);
+            moray::wait_for(job.middles[number], middles, groups_ahead(run.mlp->down, out % outs, mine - piece));
             multiply_group(
                 run.mlp->down, out % outs, run.count, middle,
                 [&](int r, int first, int outputs, const float *totals) {

@@ -151,10 +151,16 @@ void did(Stage &stage, int32_t pieces, int32_t count) {
         syscall(SYS_futex, &stage.done, FUTEX_WAKE_PRIVATE, MAX_THREADS, nullptr, nullptr, 0);
 }
 
-void wait_for(Stage &stage, int32_t pieces) {
+void wait_for(Stage &stage, int32_t pieces, Ahead ahead) {
     for (int i = 0; i < STAGE_SPINS; i++) {
         if (__atomic_load_n(&stage.done, __ATOMIC_ACQUIRE) >= pieces) return;
-        pause_cpu();
+        if (ahead.lines) {
+            for (int32_t byte = 0; byte < ahead.width; byte += 64) __builtin_prefetch(ahead.at + byte, 0, 2);
+            ahead.at += ahead.step;
+            ahead.lines--;
+        } else {
+            pause_cpu();
+        }
     }
     waiting.fetch_add(1);
     for (int32_t done; (done = __atomic_load_n(&stage.done, __ATOMIC_SEQ_CST)) < pieces;) {
@@ -166,8 +172,8 @@ void wait_for(Stage &stage, int32_t pieces) {
 
 namespace {
 struct Arena {
-    void *memory[4] = {nullptr, nullptr, nullptr, nullptr};
-    size_t bytes[4] = {0, 0, 0, 0};
+    void *memory[PIECES] = {};
+    size_t bytes[PIECES] = {};
     ~Arena() {
         for (void *piece : memory) free(piece);
     }
