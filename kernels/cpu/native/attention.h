@@ -15,12 +15,6 @@ constexpr int KEYS = 32;
 constexpr int QUERIES = 8;      // queries of a sequence that share a pass over its keys
 constexpr int MOST_HEADS = 16;  // heads that do: 128 rows, whose sums of 512 fp32 fit the second cache
 
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
-#endif
-
 // Sixteen vectors of sixteen words become their columns, in four rounds of exchanging blocks of 1, 2, 4 and 8.
 INLINE void transpose(Ints *v) {
 #define EXCHANGE(W, LOW, HIGH)                   \
@@ -51,40 +45,47 @@ INLINE void transpose(Ints *v) {
 
 constexpr int KEY_STEP = KEYS / TILE * 64;  // bytes that two columns of all keys of a block take
 
-// Sixteen rows (NULL: zeros) of `width` bf16, an even number, as one tile of a group of two.
-INLINE void pack_keys(const bf16 *const *rows, int width, uint8_t *packed) {
-    int column = 0;
-    for (; column + 32 <= width; column += 32) {
+// Columns begin to end, an even number, of sixteen rows (NULL: zeros), as one tile of a group of two.
+INLINE void pack_keys(const bf16 *const *rows, int begin, int end, uint8_t *packed) {
+    int column = begin;
+    for (; column + 32 <= end; column += 32, packed += 16 * KEY_STEP) {
         Ints v[16];
         for (int r = 0; r < 16; r++) v[r] = rows[r] ? load_words(rows[r] + column) : (Ints){};
         transpose(v);
-        for (int i = 0; i < 16; i++) store_words(packed + (column / 2 + i) * KEY_STEP, v[i]);
+        for (int i = 0; i < 16; i++) store_words(packed + i * KEY_STEP, v[i]);
     }
-    for (; column < width; column += 2)
+    for (; column < end; column += 2, packed += KEY_STEP)
         for (int r = 0; r < 16; r++) {
             const int32_t zero = 0;
-            memcpy(packed + column / 2 * KEY_STEP + r * 4, rows[r] ? static_cast<const void *>(rows[r] + column) : &zero, 4);
+            memcpy(packed + r * 4, rows[r] ? static_cast<const void *>(rows[r] + column) : &zero, 4);
         }
 }
 
-// Tiles of the group that holds column c of `width`.
-INLINE int tiles_at(int c, int width) {
-    const int left = (width - c / (GROUP * TILE) * (GROUP * TILE)) / TILE;
-    return left < GROUP ? left : GROUP;
-}
-
-// 32 rows (NULL: zeros), their first `width` columns as groups of tiles [width / 64, 16, 4, 16, 2]: pairs of rows.
-INLINE void pack_values(const bf16 *const *rows, int width, uint8_t *packed) {
+// Columns `column` and the `tiles` times sixteen from it on of 32 rows (NULL: zeros), as a group of tiles: pairs of rows.
+INLINE void pack_values(const bf16 *const *rows, int column, int tiles, uint8_t *packed) {
     const bf16 nothing[16] = {};
     for (int p = 0; p < KEYS / 2; p++)
-        for (int column = 0; column < width; column += 16) {
-            const Ints even = as_ints(widen16(rows[2 * p] ? rows[2 * p] + column : nothing));
-            const Ints odd = as_ints(widen16(rows[2 * p + 1] ? rows[2 * p + 1] + column : nothing));
-            const Ints low = (even >> 16) & 0xFFFF;
-            const int group = column / (GROUP * TILE), tile = column / TILE % GROUP;
-            uint8_t *at = packed + group * GROUP * (KEYS / 2) * 64 + (p * tiles_at(column, width) + tile) * 64;
-            store_words(at, low | odd);
+        for (int t = 0; t < tiles; t++, packed += 64) {
+            const bf16 *even = rows[2 * p] ? rows[2 * p] + column + t * TILE : nothing;
+            const bf16 *odd = rows[2 * p + 1] ? rows[2 * p + 1] + column + t * TILE : nothing;
+            store_words(packed, (as_ints(widen16(even)) >> 16 & 0xFFFF) | as_ints(widen16(odd)));
         }
+}
+
+// Where the rows of a block begin in the cache; NULL past the last position.
+INLINE void rows_of_block(const bf16 *cache, const int32_t *table, int page_size, int width, int first, int last,
+                          const bf16 **rows) {
+    for (int i = 0; i < KEYS; i++) {
+        const int position = first + i;
+        const int64_t row = static_cast<int64_t>(table[(position <= last ? position : last) / page_size]) * page_size +
+                            position % page_size;
+        rows[i] = position <= last ? cache + row * width : nullptr;
+    }
+}
+
+INLINE void fetch_rows(const bf16 *const *rows, int begin, int end) {
+    for (int r = 0; r < KEYS; r++)
+        for (int column = begin; rows[r] && column < end; column += 32) fetch(rows[r] + column);
 }
 
 // One piece of work: queries and heads of one sequence.
@@ -110,12 +111,9 @@ static void attend(const AttentionJob &job, const Piece &piece) {
     const int first_position = segment[2] + piece.first_query;
     const int last_position = first_position + piece.queries - 1;
 
-    const size_t key_bytes = static_cast<size_t>(KEYS) * width * 2, value_bytes = static_cast<size_t>(KEYS) * value * 2;
     const size_t total_bytes = sizeof(float) * rows * value;
-    uint8_t *memory = static_cast<uint8_t *>(moray::scratch(
-        moray::ATTENTION, key_bytes + value_bytes + total_bytes + rows * (KEYS * 6 + 8) + 256));
-    uint8_t *keys = memory, *values = keys + key_bytes;
-    float *totals = reinterpret_cast<float *>(values + value_bytes);
+    float *totals =
+        static_cast<float *>(moray::scratch(moray::ATTENTION, total_bytes + rows * (KEYS * 6 + 8) + 256));
     float *scores = totals + static_cast<int64_t>(rows) * value;
     bf16 *weights = reinterpret_cast<bf16 *>(scores + rows * KEYS);
     float *peak = reinterpret_cast<float *>(weights + rows * KEYS), *mass = peak + rows;
@@ -131,24 +129,26 @@ static void attend(const AttentionJob &job, const Piece &piece) {
             peak[r] = -INFINITY;
             mass[r] = 0.0f;
         }
-    const Tiles key_tiles = {KEYS / TILE, keys, KEY_STEP, nullptr, nullptr};
+    // So few columns are packed at a time that they stay in the first cache.
+    alignas(64) uint8_t keys[KEYS * BLOCK * sizeof(bf16)], values[KEYS * GROUP * TILE * sizeof(bf16)];
     const Floats scale = all(layer.softmax_scale);
     const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+    // Rows past the last query may hold anything, NaN included: they are zeros here, and masked below.
+    const bf16 *blocks[2][KEYS];
+    rows_of_block(job.cache, table, batch.page_size, width, 0, last_position, blocks[0]);
+    fetch_rows(blocks[0], 0, width);
     for (int key = 0; key <= last_position; key += KEYS) {
-        const bf16 *row[KEYS];
-        for (int i = 0; i < KEYS; i++) {
-            const int position = key + i;
-            // Rows past the last query may hold anything, NaN included: they are zeros here, and masked below.
-            row[i] = position > last_position ? nullptr
-                                              : job.cache + (static_cast<int64_t>(table[position / batch.page_size]) *
-                                                                 batch.page_size + position % batch.page_size) * width;
-        }
-        pack_keys(row, width, keys);
-        pack_keys(row + 16, width, keys + 64);
-        pack_values(row, value, values);
+        const bf16 **row = blocks[key / KEYS % 2], **next = blocks[(key / KEYS + 1) % 2];
+        rows_of_block(job.cache, table, batch.page_size, width, key + KEYS, last_position, next);
         memset(scores, 0, sizeof(float) * rows * KEYS);
-        multiply_rows<MORAY_BF16>(query, rows, key_tiles, 0, width, scores, KEYS);
+        for (int c = 0; c < width; c += BLOCK) {
+            const int end = c + BLOCK < width ? c + BLOCK : width;
+            pack_keys(row, c, end, keys);
+            pack_keys(row + 16, c, end, keys + 64);
+            multiply_rows<MORAY_BF16>(query, rows, {KEYS / TILE, keys, KEY_STEP, nullptr, nullptr}, c, end, scores, KEYS);
+            fetch_rows(next, c, end);
+        }
         for (int r = 0; r < rows; r++) {
             const int seen = first_position + r / piece.heads - key + 1;  // keys of this block that the row sees
             if (seen <= 0) {
@@ -174,9 +174,9 @@ static void attend(const AttentionJob &job, const Piece &piece) {
             narrow16(weights + r * KEYS + 16, high);
         }
         for (int c = 0; c < value; c += GROUP * TILE) {
-            const int count = tiles_at(c, value);
-            const Tiles tiles = {count, values + static_cast<size_t>(c) / TILE * (KEYS / 2) * 64, 64 * count, nullptr, nullptr};
-            multiply_rows<MORAY_BF16>(weight, rows, tiles, 0, KEYS, totals + c, value);
+            const int count = value - c < GROUP * TILE ? (value - c) / TILE : GROUP;
+            pack_values(row, c, count, values);
+            multiply_rows<MORAY_BF16>(weight, rows, {count, values, 64 * count, nullptr, nullptr}, 0, KEYS, totals + c, value);
         }
     }
     for (int r = 0; r < rows; r++) {
