@@ -26,6 +26,7 @@ from ...actors.expert_dispatch import ExpertDispatch
 from ...actors.expert_host import ExpertHost
 from ...actors.links import LinkAddress, dial
 from ...actors.messages import GenerateRequest, TokenOutput
+from ...actors.native_exchange import native_exchange
 from ...actors.placement_table import PlacementTable
 from ...actors.router import Router, RouterSettings
 from ...configs.errors import ConfigError
@@ -325,7 +326,7 @@ def link_samples(parts: Parts, *, most_hosts: int = 3, layers: int = 60) -> Link
                 name: dial(host.address, secret=secret, identity=_ROUTER, deadline=Deadline.after(_TIMEOUT_S))
                 for name, host in hosts.items()
             }
-            dispatch = ExpertDispatch(table, links)
+            dispatch = ExpertDispatch(table, links, exchange=native_exchange() if parts.compute.packed else None)
             try:
                 for tokens, distinct in ((1, 4), (2, 8), (8, 8), (8, 16), (24, 16), (48, 16), (128, 16), (400, 16)):
                     _time_links(parts, dispatch, hosts, tokens, distinct, layers, found, replicas=replicas > 1)

@@ -177,8 +177,10 @@ def _load() -> NativeLibrary | None:
     return NativeLibrary(found.origin)
 
 
-def set_threads(threads: int, *, packed: bool) -> None:
+def set_threads(threads: int, *, packed: bool, spin_us: int = SPIN_US) -> None:
     """Have this process compute with so many threads: in the kernels, if there are any, and in torch unless weights are packed.
+
+    Idle threads of the kernels look for work for `spin_us` before they sleep.
 
     Then torch has only small things left to do, and its threads, which look for work for milliseconds after each of them, would
     take the cores from the kernels' (a step of 32 tokens took 1.6 times as long).
@@ -187,7 +189,7 @@ def set_threads(threads: int, *, packed: bool) -> None:
 
     torch.set_num_threads(1 if packed else threads)
     if (library := native()) is not None:
-        library.set_threads(threads)
+        library.set_threads(threads, spin_us=spin_us)
 
 
 def loaded() -> NativeLibrary:

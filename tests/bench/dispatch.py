@@ -44,6 +44,7 @@ from moray.actors.deadline import Deadline
 from moray.actors.expert_dispatch import ExpertDispatch
 from moray.actors.expert_host import ExpertHost
 from moray.actors.links import LinkAddress, dial
+from moray.actors.native_exchange import native_exchange
 from moray.actors.placement_table import PlacementTable
 from moray.kernels.combine import combine_reference
 from moray.kernels.cpu.library import set_threads
@@ -163,7 +164,7 @@ def dispatching(hidden: int, threads: int) -> Iterator[tuple[ExpertDispatch, lis
             assert process.stdout is not None
             address = LinkAddress(*json.loads(process.stdout.readline()))
             links[host] = dial(address, secret=SECRET, identity="bench", deadline=Deadline.after(PATIENCE_S))
-        dispatch = ExpertDispatch(table, links)
+        dispatch = ExpertDispatch(table, links, exchange=native_exchange())
         stack.callback(dispatch.close)
         yield dispatch, [process.pid for process in processes]
 
