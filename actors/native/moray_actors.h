@@ -1,5 +1,5 @@
-// The C interface of the native half of routers and expert hosts: WORK frames of shm links are sent, served and answered with no
-// interpreter in the way.
+// The C interface of the native half of routers and expert hosts: WORK frames of shm links are sent, served and answered with
+// no interpreter in the way.
 //
 // What is ordinary is done here; everything else is left where it is, untouched, for the Python code that this mirrors
 // (actors/links/shm.py, actors/links/wire.py, actors/moe_frames.py, actors/expert_dispatch.py, actors/expert_host.py): it
@@ -112,8 +112,8 @@ typedef struct {
     moray_combine_function combine;
 } moray_exchange;
 
-// Ask every host for the pairs whose keys are its own. MORAY_DONE, or MORAY_LEFT if that cannot be done, and then nobody is asked;
-// but for sockets that take nothing, of hosts that are found not to be `sent` their frames.
+// Ask every host for the pairs whose keys are its own. MORAY_DONE, or MORAY_LEFT if that cannot be done, and then nobody is
+// asked; but for sockets that take nothing, of hosts that are found not to be `sent` their frames.
 int moray_ask_experts(moray_exchange *exchange);
 
 // Once all hosts that were asked have answered: the sum of their outputs in top-k order, out [tokens, hidden], and every pair
@@ -168,8 +168,8 @@ typedef struct {
     moray_add_function add;
 } moray_run;
 
-// Take the batch on through its layers. MORAY_DONE after the last one; MORAY_LEFT where `stage` of `layer` is for the caller: to
-// ask for experts, and to collect them and put their sum into `routed`. It goes on from the stage after that one.
+// Take the batch on through its layers. MORAY_DONE after the last one; MORAY_LEFT where `stage` of `layer` is for the caller:
+// to ask for experts, and to collect them and put their sum into `routed`. It goes on from the stage after that one.
 int moray_run_layers(moray_run *run);
 
 #ifdef __cplusplus

@@ -65,7 +65,7 @@ def test_a_row_has_the_same_bits_in_every_batch(
     whole = linear(x, weight, torch.float32)
     for threads in (1, 2, 3):
         library.set_threads(threads)
-        for count in (1, 2, 3, 5, 6, 7, 11, 12, 13, 18, 199, 200):
+        for count in (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 14, 15, 18, 28, 29, 199, 200):
             assert torch.equal(linear(x[:count], weight, torch.float32), whole[:count]), (threads, count)
             assert torch.equal(linear(x[-count:], weight, torch.float32), whole[-count:]), (threads, count)
 
@@ -80,7 +80,7 @@ def test_every_code_is_decoded_exactly(instructions: Instructions) -> None:
         weight = BlockWeight(columns.view(FP8).clone(), torch.ones(2, 1))
         x = torch.zeros(1, 4, dtype=torch.bfloat16)
         x[0, column] = 1.0
-        for rows in (1, 20):  # decoded on the way, and beforehand
+        for rows in (1, 20, 40):  # decoded on the way, for many rows at once, and beforehand
             found = linear(x.expand(rows, 4), pack(weight), torch.float32)
             assert torch.equal(found[-1], decode_e4m3(codes.view(FP8)))
 
