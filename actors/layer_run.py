@@ -1,4 +1,4 @@
-"""A step through all layers of a packed model without the interpreter: attention, frames to hosts, shared experts, sums.
+"""A step through all layers of a packed model without the interpreter: attention, shared experts, frames to hosts, sums.
 
 Between two native calls Python takes tens of microseconds, since a layer's weights have left nothing of it in the caches: five
 calls a layer were a seventh of a step of one token. What one layer cannot do natively, `ExpertDispatch` does, and the layers
@@ -132,7 +132,7 @@ class LayerRun:
 
     def has_asked(self) -> None:
         """The layer's experts have been asked for elsewhere."""
-        self._run.stage = int(Stage.SHARE)
+        self._run.stage = int(Stage.COLLECT)
 
     def hand_over(self) -> None:
         """What was asked for natively is collected elsewhere."""

@@ -111,8 +111,8 @@ class Stage(IntEnum):
     """Where a layer is."""
 
     ATTEND = 0
-    ASK = 1
-    SHARE = 2
+    SHARE = 1
+    ASK = 2
     COLLECT = 3
     ADD = 4
 

@@ -144,7 +144,7 @@ typedef struct {
 } moray_answered;
 
 // Where a layer is.
-enum { MORAY_ATTEND = 0, MORAY_ASK = 1, MORAY_SHARE = 2, MORAY_COLLECT = 3, MORAY_ADD = 4 };
+enum { MORAY_ATTEND = 0, MORAY_SHARE = 1, MORAY_ASK = 2, MORAY_COLLECT = 3, MORAY_ADD = 4 };
 
 // A batch on its way through the layers.
 typedef struct {
