@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moray.actors import native_exchange
+from moray.actors import layer_run, native_exchange
 from moray.actors.testing import EngineParts
 from moray.model.compute import Compute
 from moray.model.testing import write_random_checkpoint
@@ -43,6 +43,7 @@ def play() -> Iterator[Callable[..., PlayedCluster]]:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native waits end when there is something to tell, however slow the machine is: counters do not depend on it."""
     monkeypatch.setattr(native_exchange, "_WAIT_US", 30_000_000)
+    monkeypatch.setattr(layer_run, "_WAIT_US", 30_000_000)
 
 
 @pytest.fixture
