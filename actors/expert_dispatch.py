@@ -221,28 +221,32 @@ class ExpertDispatch:
             return False
         for line in self._lines.values():
             line.keep_what_is_lent()
-        run.begin(hidden_states, batch, [self._lines.get(host) for host in self._routes.hosts], self.table.epoch)
+        run.begin(hidden_states, batch, hosts=len(self._routes.hosts), epoch=self.table.epoch)
         claim: PendingExperts | None = None
         try:
-            while not run.go(self._sequence):
-                self._sequence = run.exchange.sequence
+            while not self._go(run):
                 if run.stage is Stage.ASK:
                     claim = self._ask_for(run)
                 else:
                     claim = claim or self._asked_for(run)
                     run.has_collected(self.finish(claim))
                     claim = None
-            self._sequence = run.exchange.sequence
         except BaseException:
             if run.asked_natively:
                 self._asked_for(run)  # what was asked for is owed, whoever wants it now
             raise
+        return True
+
+    def _go(self, run: LayerRun) -> bool:
+        """Go on natively; what hosts have answered is accounted for before anything else is known of them."""
+        try:
+            return run.go([self._lines.get(host) for host in self._routes.hosts], self._sequence)
         finally:
+            self._sequence = max(self._sequence, run.exchange.sequence)
             self.wait_s += run.waited_s
             run.exchange.layers += run.collected
             for line, pairs, seconds in run.answers():
                 self._has_answered(line, pairs, seconds)
-        return True
 
     def _describe(self, run: LayerRun, layers: Sequence[CpuLayer]) -> bool:
         """Say where the layers' experts are to be asked for; False if native code could not ask for all of them."""
@@ -250,7 +254,7 @@ class ExpertDispatch:
         routes = self._routes.of_layers(routed, self._askable((), IF_NEED_BE))
         if not routes or not all(where.complete and where.first_address for where in routes.values()):
             return False
-        run.describe(layers, routes, {layer: self._counted(layer) for layer in routed})
+        run.describe(layers, routes, self._counted)
         return True
 
     def _counted(self, layer: int) -> int:
@@ -275,7 +279,7 @@ class ExpertDispatch:
         return claim
 
     def _asked_for(self, run: LayerRun) -> PendingExperts:
-        """Take over what a run has asked for, and could not collect."""
+        """Take over what a run has asked for of a layer, and could not collect."""
         claim = self._claim(*run.work())
         run.exchange.outstanding(claim, self._clock() - run.last_wait_s)
         run.hand_over()

@@ -7,7 +7,7 @@ after it go on here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import Array, byref, pointer
 
 import numpy as np
@@ -48,15 +48,17 @@ class LayerRun:
         self._described: Array[RunLayer] = (RunLayer * 0)()
         self._lines: Sequence[HostLine | None] = ()
         self._answered: IntArray = np.zeros((0, 0, 2), dtype=np.int64)
-        self._top_k = self._tokens = 0
+        self._top_k = self._tokens = self._epoch = self._from = 0
         self._room: tuple[torch.Tensor, ...] = ()
 
-    def describe(self, layers: Sequence[CpuLayer], routes: Mapping[int, LayerRoutes], load: Mapping[int, int]) -> None:
+    def describe(
+        self, layers: Sequence[CpuLayer], routes: Mapping[int, LayerRoutes], load: Callable[[int], int]
+    ) -> None:
         """Say what the layers are, and for those with experts where to ask for them, and where pairs are counted.
 
         Args:
             routes: by layer, not empty; the same object as before for as long as it says the same.
-            load: addresses of int64 [E].
+            load: address of int64 [E] for each layer.
         """
         if layers is self._layers and routes is self._routes:
             return
@@ -70,31 +72,35 @@ class LayerRun:
                 where = routes[layer.number]
                 # Among several replicas Python chooses.
                 described.routed, described.keys = 1, where.first_address if where.single else None
-                described.load = load[layer.number]
+                described.load = load(layer.number)
         self._run.layers, self._run.count = self._described, len(layers)
 
-    def begin(
-        self, hidden_states: torch.Tensor, batch: BatchTables, lines: Sequence[HostLine | None], epoch: int
-    ) -> None:
+    def begin(self, hidden_states: torch.Tensor, batch: BatchTables, *, hosts: int, epoch: int) -> None:
         """Begin with hidden_states [T, H], contiguous bf16, which change on the way; both must live until the end.
 
         Args:
-            lines: of the hosts of the routes; None where there is no link.
+            hosts: of the routes.
             epoch: of the placement.
         """
         run, (tokens, hidden) = self._run, hidden_states.shape
         self._make_room(tokens, hidden)
-        if self._answered.shape[:2] != (len(self._layers), len(lines)):
-            self._answered = np.zeros((len(self._layers), len(lines), 2), dtype=np.int64)
+        if self._answered.shape[:2] != (len(self._layers), hosts):
+            self._answered = np.zeros((len(self._layers), hosts, 2), dtype=np.int64)
             run.answered = self._answered.ctypes.data
         self._answered.fill(0)
-        self._lines, self._epoch, self._tokens = lines, epoch, tokens
-        run.layer = run.stage = run.asked = run.waited_ns = run.last_wait_ns = 0
+        self._epoch, self._tokens = epoch, tokens
+        run.layer = run.stage = run.asked = run.last_wait_ns = 0
         run.batch, run.hidden = batch.address, hidden_states.data_ptr()
 
-    def go(self, sequence: int) -> bool:
-        """Go on as far as possible; whether that is to the last layer's end. `sequence`: of the last frame before."""
-        exchange = self.exchange
+    def go(self, lines: Sequence[HostLine | None], sequence: int) -> bool:
+        """Go on as far as possible; whether that is to the last layer's end.
+
+        Args:
+            lines: of the hosts of the routes; None where there is no link.
+            sequence: of the last frame before.
+        """
+        exchange, self._lines, self._from = self.exchange, lines, self._run.layer
+        self._run.waited_ns = 0
         normed, ids, weights = self._rows(3)
         where = next(iter(self._routes.values()))
         exchange.describe(normed, ids, weights, self._lines, where, epoch=self._epoch, sequence=sequence)
@@ -143,16 +149,16 @@ class LayerRun:
         self._rows(5)[4].copy_(routed)
         self._run.stage = int(Stage.ADD)
 
-    # ---- afterwards -------------------------------------------------------------------------------------------------
+    # ---- what has come of the last `go` ------------------------------------------------------------------------------
 
     @property
     def waited_s(self) -> float:
-        """How long all waits have been."""
+        """How long all its waits have been."""
         return float(self._run.waited_ns) / 1e9
 
     def answers(self) -> Iterator[tuple[HostLine, int, float]]:
         """Of what was collected natively: a host's line, the pairs that it has answered at once, and how long that took."""
-        for layer in self._answered.tolist():
+        for layer in self._collected.tolist():
             for line, (pairs, nanoseconds) in zip(self._lines, layer, strict=True):
                 if line is not None and pairs:
                     yield line, pairs, nanoseconds / 1e9
@@ -160,7 +166,11 @@ class LayerRun:
     @property
     def collected(self) -> int:
         """How many layers were collected natively."""
-        return int(np.count_nonzero(self._answered[:, :, 0].any(axis=1)))
+        return int(np.count_nonzero(self._collected[:, :, 0].any(axis=1)))
+
+    @property
+    def _collected(self) -> IntArray:
+        return self._answered[self._from : self._run.layer]
 
     def _rows(self, count: int) -> tuple[torch.Tensor, ...]:
         return tuple(tensor[: self._tokens] for tensor in self._room[:count])

@@ -13,6 +13,7 @@ from moray.actors.testing import EngineParts
 from moray.model.compute import Compute
 from moray.model.testing import write_random_checkpoint
 
+from .faulty_runs import Faulty
 from .played_hosts import PlayedCluster
 from .real_hosts import Pair
 
@@ -20,6 +21,18 @@ from .real_hosts import Pair
 @pytest.fixture(scope="package")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("fp8"), dtype="fp8", seed=4)
+
+
+@pytest.fixture(scope="package")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four layers with experts."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("deep"), {"num_hidden_layers": 5}, dtype="fp8", seed=6)
+
+
+@pytest.fixture
+def faulty(deep: Path) -> Iterator[Callable[..., Faulty]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(contextlib.closing(Faulty(deep, **options)))
 
 
 @pytest.fixture

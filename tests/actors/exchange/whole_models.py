@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from moray.actors.expert_dispatch import ExpertDispatch
+from moray.actors.expert_host import ExpertHost
 from moray.actors.links import Link
 from moray.actors.pending_experts import PendingExperts
 from moray.actors.placement_table import PlacementTable
@@ -163,20 +165,48 @@ def after_layer(model: Model, number: int, action: Callable[[], object], monkeyp
     run, dispatch, left = model.dispatch._run, model.dispatch, [action]
     assert run is not None
     describe, finish = run.describe, dispatch.finish
+    own: list[tuple[Any, int]] = []
 
     def leave_one(*arguments: Any) -> None:
         describe(*arguments)
         for described in run._described:
-            if described.number == number and left:
+            if described.number == number and left and described.keys:
+                own.append((described, described.keys))
                 described.keys = None
 
     def finish_and_act(claim: PendingExperts) -> torch.Tensor:
         found = finish(claim)
         if claim.layer == number and left:
+            for described, keys in own:
+                described.keys = keys
             left.pop()()
-            run._layers = ()  # as if they had not been described
         return found
 
     monkeypatch.setattr(run, "describe", leave_one)
     monkeypatch.setattr(dispatch, "finish", finish_and_act)
-    run._layers = ()
+    run._layers = ()  # as if they had not been described
+
+
+class Stuck:
+    """A host computes nothing from `begin` to `end`, whichever threads call them."""
+
+    def __init__(self, host: ExpertHost) -> None:
+        self._turn = host._one_at_a_time
+        self._thread = ThreadPoolExecutor(1)  # whose turn it is then
+        self._held = False
+
+    def begin(self) -> None:
+        """Once it has computed what it was about to."""
+        self._thread.submit(self._turn.__enter__).result(20)
+        self._held = True
+
+    def end(self) -> None:
+        """Idempotent."""
+        if self._held:
+            self._held = False
+            self._thread.submit(self._turn.__exit__, None, None, None).result(20)
+
+    def close(self) -> None:
+        """As `end`, and for good."""
+        self.end()
+        self._thread.shutdown()
