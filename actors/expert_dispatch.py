@@ -229,7 +229,7 @@ class ExpertDispatch:
                     claim = self._ask_for(run)
                 else:
                     claim = claim or self._asked_for(run)
-                    run.has_collected(self.finish(claim))
+                    self._finish_for(run, claim, layers)
                     claim = None
         except BaseException:
             if run.asked_natively:
@@ -286,6 +286,14 @@ class ExpertDispatch:
         self._settle()
         self._excuse(run.last_wait_s - run.patience_s)
         return claim
+
+    def _finish_for(self, run: LayerRun, claim: PendingExperts, layers: Sequence[CpuLayer]) -> None:
+        """Collect the layer that a run has come to. Who is lost, late or refuses since is not asked for the next as before."""
+        before = run.exchange.layers
+        run.has_collected(self.finish(claim))
+        if run.leaves_asking or run.exchange.layers == before:
+            idle = all(line.idle for line in self._lines.values())
+            run.leaves_asking = not (idle and self._describe(run, layers))
 
     def _ask_natively(self, claim: PendingExperts) -> bool:
         """Ask for all pairs of a claim without the interpreter, where that is all there is to do; whether it was done."""

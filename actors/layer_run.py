@@ -89,7 +89,7 @@ class LayerRun:
             run.answered = self._answered.ctypes.data
         self._answered.fill(0)
         self._epoch, self._tokens = epoch, tokens
-        run.layer = run.stage = run.asked = run.last_wait_ns = 0
+        run.layer = run.stage = run.asked = run.last_wait_ns = run.leave_asking = 0
         run.batch, run.hidden = batch.address, hidden_states.data_ptr()
 
     def go(self, lines: Sequence[HostLine | None], sequence: int) -> bool:
@@ -148,6 +148,15 @@ class LayerRun:
         """Here is their sum [T, H] in fp32."""
         self._rows(5)[4].copy_(routed)
         self._run.stage = int(Stage.ADD)
+
+    @property
+    def leaves_asking(self) -> bool:
+        """Whether `go` asks for nothing: experts are asked for elsewhere, layer by layer."""
+        return bool(self._run.leave_asking)
+
+    @leaves_asking.setter
+    def leaves_asking(self, leaves: bool) -> None:
+        self._run.leave_asking = leaves
 
     # ---- what has come of the last `go` ------------------------------------------------------------------------------
 

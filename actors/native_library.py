@@ -125,7 +125,7 @@ class Run(Structure):
         *((name, c_int32) for name in ("count", "layer", "stage", "asked")),
         *((name, c_void_p) for name in ("batch", "hidden", "normed", "experts", "weights", "shared", "routed")),
         ("exchange", POINTER(Exchange)),
-        *((name, c_int32) for name in ("wait_us", "reserved")),
+        *((name, c_int32) for name in ("wait_us", "leave_asking")),
         *((name, c_int64) for name in ("waited_ns", "last_wait_ns")),
         *((name, c_void_p) for name in ("answered", "attention", "swiglu", "add")),
     ]

@@ -10,7 +10,7 @@ bool ask(moray_run &run, const moray_run_layer &layer) {
     x.layer = layer.number;
     x.keys = layer.keys;
     x.keys_of_pairs = 0;
-    if (!layer.keys) {
+    if (!layer.keys || run.leave_asking) {
         for (int32_t h = 0; h < x.hosts; h++) x.asked[h].begin = x.asked[h].end = x.asked[h].sent = 0;
         return false;
     }

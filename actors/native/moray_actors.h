@@ -159,7 +159,7 @@ typedef struct {
     float *shared, *routed;    // [tokens, hidden]
     moray_exchange *exchange;  // of these tokens and this room; layer and keys are set here
     int32_t wait_us;           // for the hosts of a layer
-    int32_t reserved;
+    int32_t leave_asking;      // whether all experts are for the caller to ask for
     int64_t waited_ns;         // in all
     int64_t last_wait_ns;
     moray_answered *answered;  // [count, hosts] of what was collected here; else zeros

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,7 @@ def test_a_host_that_dies_is_replaced_within_the_step(
 ) -> None:
     it = faulty(cold=True)
     assert torch.equal(lose(it, layer, when, aside, monkeypatch), it.wanted)
+    assert it.counts() == (1, 0, 0)
     assert it.dispatch.unlinked == ["expert-host-0"]
     assert "link to expert-host-0: " in it.dispatch.broken["expert-host-0"]
     assert it.natively() <= 4
@@ -122,6 +125,28 @@ def test_a_host_that_takes_longer_than_a_native_wait(
     it.assert_usable()
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_stuck_host_is_hedged_once_and_then_avoided(
+    faulty: Callable[..., Faulty], layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked for the layers after it, and those cost no wait for it."""
+    it = faulty(cold=True)
+    hold_after(it, layer, monkeypatch)
+    pass_time(it, 0.5, monkeypatch)
+    sent = it.end._state.sent + layer + 1
+    for _ in range(2):
+        assert torch.equal(it.forward(), it.wanted)
+        assert it.counts() == (0, 1, 0)
+        assert it.dispatch.late_hosts == ["expert-host-0"]
+        assert it.end._state.sent == sent
+    it.stuck.end()
+    it.model.assert_settled()
+    it.model.clock.now += 60
+    be_patient(it, monkeypatch)
+    it.assert_usable()
+    assert it.end._state.sent == sent + 4, "the first is asked again"
+
+
 def test_a_stuck_host_is_given_up(faulty: Callable[..., Faulty], monkeypatch: pytest.MonkeyPatch) -> None:
     it = faulty()
     hold_after(it, 2, monkeypatch)
@@ -139,6 +164,36 @@ def test_a_stuck_host_is_given_up(faulty: Callable[..., Faulty], monkeypatch: py
 REFUSAL = (
     "^expert-host-0 refused its work: expert-host-0: layer {}: ValueError: placement epoch 1 is not served here; .*"
 )
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_host_that_refuses_is_asked_once(
+    faulty: Callable[..., Faulty], deep: Path, layer: int, cold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = faulty(cold=cold)
+    table = it.dispatch.table
+
+    def change_over() -> None:
+        it.host.load(deep, table.slots[it.host.host_id], epoch=2)
+        it.host.retire(2)
+
+    after_layer(it.model, layer, change_over, monkeypatch)
+    sent = it.end._state.sent
+    if cold:
+        assert torch.equal(it.forward(), it.wanted)
+    else:
+        with pytest.raises(ExpertsUnavailableError, match=REFUSAL.format(layer + 1)):
+            it.forward()
+    assert it.counts() == (int(cold), 0, 0)
+    assert it.end._state.sent == sent + layer + 1
+    assert list(it.dispatch.broken) == ["expert-host-0"]
+    for host in it.models.hosts[1:]:
+        host.load(deep, table.slots[host.host_id], epoch=2)
+    it.dispatch.adopt(replace(table, epoch=2), {})
+    it.model.clock.now += 60
+    it.assert_usable()
+    assert it.dispatch.broken == {}
 
 
 # ---- sockets and arenas --------------------------------------------------------------------------------------------------
