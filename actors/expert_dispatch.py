@@ -233,7 +233,9 @@ class ExpertDispatch:
                     claim = None
         except BaseException:
             if run.asked_natively:
-                self._asked_for(run)  # what was asked for is owed, whoever wants it now
+                claim = self._asked_for(run)  # it is owed, whoever wants it
+            if claim is not None:
+                claim.close()  # nobody does
             raise
         return True
 
@@ -268,10 +270,8 @@ class ExpertDispatch:
 
     def _ask_for(self, run: LayerRun) -> PendingExperts:
         """Ask for the layer that a run has come to, and could not ask for, at least not everybody."""
-        if run.exchange.sent_any:
-            claim = self._claim(*run.work())
-            run.exchange.outstanding(claim, self._clock())
-            self._settle()
+        if run.asked_natively:
+            claim = self._asked_for(run)
             self._cover(claim)
         else:
             claim = self.start(*run.work())
@@ -279,7 +279,7 @@ class ExpertDispatch:
         return claim
 
     def _asked_for(self, run: LayerRun) -> PendingExperts:
-        """Take over what a run has asked for of a layer, and could not collect."""
+        """Take over what a run has asked for of a layer, and could not ask of everybody or collect."""
         claim = self._claim(*run.work())
         run.exchange.outstanding(claim, self._clock() - run.last_wait_s)
         run.hand_over()

@@ -119,12 +119,12 @@ class LayerRun:
 
     @property
     def asked_natively(self) -> bool:
-        """Whether all experts of the layer have been asked for by `go`."""
+        """Whether experts of the layer have been asked for by `go`, at least of one host, and not been handed over."""
         return bool(self._run.asked)
 
     @property
     def last_wait_s(self) -> float:
-        """How long the last wait was."""
+        """How long the layer has been waited for."""
         return float(self._run.last_wait_ns) / 1e9
 
     @property

@@ -10,12 +10,11 @@ bool ask(moray_run &run, const moray_run_layer &layer) {
     x.layer = layer.number;
     x.keys = layer.keys;
     x.keys_of_pairs = 0;
-    if (!layer.keys || run.leave_asking) {
-        for (int32_t h = 0; h < x.hosts; h++) x.asked[h].begin = x.asked[h].end = x.asked[h].sent = 0;
-        return false;
-    }
-    run.asked = moray_ask_experts(&x) == MORAY_DONE;
-    return run.asked;
+    run.last_wait_ns = 0;
+    if (!layer.keys || run.leave_asking) return false;
+    const bool all = moray_ask_experts(&x) == MORAY_DONE;
+    for (int32_t h = 0; h < x.hosts; h++) run.asked |= x.asked[h].sent;
+    return all;
 }
 
 bool collect(moray_run &run, const moray_run_layer &layer) {

@@ -151,7 +151,8 @@ typedef struct {
     const moray_run_layer *layers;
     int32_t count;
     int32_t layer, stage;      // what is to be done next
-    int32_t asked;             // whether this layer's experts were asked for here
+    int32_t asked;             // whether this layer's experts were asked for here, at least of one host; the caller, who goes
+                               // on with what was left, sets it to 0
     const void *batch;         // moray_batch
     uint16_t *hidden, *normed; // [tokens, hidden] bf16: the residual, and room
     int64_t *experts;          // [tokens, top_k], room, as the next three
@@ -161,7 +162,7 @@ typedef struct {
     int32_t wait_us;           // for the hosts of a layer
     int32_t leave_asking;      // whether all experts are for the caller to ask for
     int64_t waited_ns;         // in all
-    int64_t last_wait_ns;
+    int64_t last_wait_ns;      // for this layer
     moray_answered *answered;  // [count, hosts] of what was collected here; else zeros
     moray_attention_function attention;
     moray_swiglu_function swiglu;
