@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moray.actors.testing import EngineParts
+from moray.actors import testing
+from moray.actors.links import LinkKind
+from moray.actors.messages import GenerateRequest
+from moray.actors.placement_table import COLD_HOST, PlacementTable
+from moray.actors.testing import EngineParts, random_prompt
 from moray.model.compute import Compute
+from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
 
+from .real_hosts import router_ends
 from .whole_models import Model, Models, assert_equal, batch, batches, outputs
 
 Make = Callable[..., Models]
@@ -22,6 +29,13 @@ def models(parts: EngineParts) -> Iterator[Make]:
     """Makes hosts, and models that use them."""
     with contextlib.ExitStack() as stack:
         yield lambda *a, **o: stack.enter_context(contextlib.closing(Models(parts, *a, **o)))
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineParts]:
+    path = write_random_checkpoint(tmp_path_factory.mktemp("drafting"), dtype="fp8", seed=4, mtp=True)
+    with contextlib.closing(EngineParts(path, compute=Compute.native(), drafts="on")) as parts:
+        yield parts
 
 
 def pairs(model: Model) -> dict[str, int]:
@@ -78,3 +92,156 @@ def test_micro_batches_are_for_blocks(models: Make) -> None:
     assert_equal(outputs(whole, some), outputs(python, some))
     assert whole.ran == [True] * 4, "eight tokens are two parts"
     assert_same_accounts(whole, python)
+
+
+# ---- other tables, links and hosts ---------------------------------------------------------------------------------------
+
+
+def assert_same_batches(made: Models, *, native: bool = True) -> None:
+    """All batches, natively."""
+    whole, python = made.made
+    before, ran = whole.layers, len(whole.ran)
+    assert_equal(outputs(whole, batches()), outputs(python, batches()))
+    assert all(whole.ran[ran:])
+    assert (whole.layers - before == 2 * len(batches()) * whole.routed) == native
+    assert_same_accounts(whole, python)
+
+
+def test_a_new_table_is_used_from_the_next_step_on(models: Make, checkpoint: Path) -> None:
+    """Experts change hosts, and a host leaves: keys of the table before would lead to slots of other experts."""
+    made = models(3)
+    made.model()
+    made.model(native=False, whole=False)
+    assert_same_batches(made)
+    first, second, third = made.table.slots.values()
+    swapped = {"expert-host-0": second, "expert-host-1": first, "expert-host-2": third}
+    two = made.parts.table(2).slots
+    for epoch, slots in enumerate((swapped, {host: two[host][::-1] for host in two}), start=2):
+        for host in made.hosts:
+            if host.host_id in slots:
+                host.load(checkpoint, slots[host.host_id], epoch=epoch)
+        for model in made.made:
+            model.dispatch.adopt(replace(made.table, epoch=epoch, slots=slots), {})
+            model.warm()
+        assert_same_batches(made)
+
+
+def test_a_new_link_is_used_from_the_next_step_on(models: Make) -> None:
+    made = models(2)
+    whole = made.model()
+    made.model(native=False, whole=False)
+    assert_same_batches(made)
+    old = router_ends(whole.dispatch)
+    for host in made.hosts:
+        whole.dispatch.set_link(host.host_id, made.parts.link(host, "shm"))
+    for model in made.made:
+        model.warm()
+    sent = [end._state.sent for end in old]
+    assert_same_batches(made)
+    assert [end._state.sent for end in old] == sent
+
+
+@pytest.mark.parametrize("kind", ["inline", "gloo"])
+def test_a_host_over_another_link_is_asked_by_python(models: Make, kind: LinkKind) -> None:
+    made = models(2)
+    whole = made.model()
+    made.model(native=False, whole=False)
+    whole.dispatch.set_link("expert-host-1", made.parts.link(made.hosts[1], kind))
+    assert_same_batches(made, native=False)
+
+
+def with_cold(parts: EngineParts) -> PlacementTable:
+    """A cold host has replicas of everything that two others hold."""
+    table = parts.table(2)
+    return replace(table, slots={**table.slots, f"{COLD_HOST}0": parts.table(1).slots["expert-host-0"]})
+
+
+@pytest.mark.parametrize("what", ["late", "slow_until", "refused_until"])
+def test_who_is_asked_follows_how_the_hosts_are(models: Make, parts: EngineParts, what: str) -> None:
+    made = models(3, table=with_cold(parts))
+    whole, python = made.model(), made.model(native=False, whole=False)
+    first, second, cold = router_ends(whole.dispatch)
+    for bad in (False, True, False):
+        for model in made.made:
+            line = model.dispatch._lines["expert-host-0"]
+            setattr(line, what, bad if what == "late" else model.clock() + 1000 * bad)
+            model.warm()
+        before = [end._state.sent for end in (first, second, cold)]
+        layers = whole.layers
+        assert_equal(outputs(whole, batches()), outputs(python, batches()))
+        assert whole.layers - layers == 2 * len(batches()) * whole.routed
+        asked = [end._state.sent > sent for end, sent in zip((first, second, cold), before, strict=True)]
+        assert asked == [not bad, True, bad]
+        assert pairs(whole) == pairs(python)
+    assert all(whole.ran)
+
+
+def test_what_was_described_once_is_described_again_for_other_routes(models: Make, parts: EngineParts) -> None:
+    made = models(3, table=with_cold(parts))
+    whole = made.model()
+    run, layers = whole.dispatch._run, whole.transformer._layers
+    assert run is not None
+    one = batch((0, 0, 3))
+    whole.transformer.hidden_states(one)
+    routes, described = run._routes, run._described
+    whole.transformer.hidden_states(one)
+    assert run._routes is routes
+    assert run._described is described
+    assert run._layers is layers
+    whole.dispatch._lines["expert-host-0"].late = True
+    whole.transformer.hidden_states(one)
+    assert run._routes is not routes
+    assert [where.first_address for where in routes.values()] == [layer.keys for layer in described[1:]]
+    assert [where.first_address for where in run._routes.values()] == [layer.keys for layer in run._described[1:]]
+
+
+# ---- accounts ------------------------------------------------------------------------------------------------------------
+
+
+def test_hosts_tell_how_fast_they_are(models: Make) -> None:
+    made = models(2)
+    whole = made.model()
+    lines = list(whole.dispatch._lines.values())
+    seen = [line.latency._all.seen for line in lines]
+    sums, waited = pairs(whole), whole.dispatch.wait_s
+    for number in range(20):
+        whole.transformer.hidden_states(batch((0, number, 1), (1, number, 3), seed=number))
+    views = whole.dispatch.host_views()
+    assert all(0 < view.latency_s < 60 for view in views.values())
+    assert all(line.latency._all.seen - before <= 20 * whole.routed for line, before in zip(lines, seen, strict=True))
+    assert all(line.latency._all.seen > before for line, before in zip(lines, seen, strict=True))
+    assert sum(pairs(whole).values()) - sum(sums.values()) == 20 * whole.routed * 4 * 2
+    assert whole.dispatch.wait_s > waited
+
+
+# ---- routers -------------------------------------------------------------------------------------------------------------
+
+
+def requests(parts: EngineParts) -> list[GenerateRequest]:
+    """Prompts of several lengths, greedy and sampled."""
+    return [
+        GenerateRequest(
+            f"r{number}",
+            random_prompt(parts.config, number, length),
+            SamplingParams(10, temperature=temperature, seed=number, logprobs=2),
+        )
+        for number, (length, temperature) in enumerate([(1, 0.0), (9, 0.8), (40, 0.0), (23, 1.0), (70, 0.0)])
+    ]
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize(("hosts", "replicas"), [(1, 1), (2, 1), (2, 2)])
+def test_routers_give_the_same_tokens(drafting: EngineParts, hosts: int, replicas: int, drafts: int) -> None:
+    found = []
+    settings = replace(testing.SETTINGS, draft_tokens=drafts)
+    for whole in (True, False):
+        router = drafting.engine(hosts, "shm", settings, replicas=replicas)
+        run = router.dispatch._run
+        assert run is not None
+        if not whole:
+            router.model._run_layers = None
+        recorder = testing.run(router, requests(drafting))
+        found.append([(recorder.tokens(r.request_id), recorder.logprobs(r.request_id)) for r in requests(drafting)])
+        assert bool(run._described) == whole
+        assert run.exchange.layers > 0
+    assert found[0] == found[1]
