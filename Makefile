@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 FILES := $(sort $(shell find . -name '*.py' -not -path './$(VENV)/*' -not -path './build/*'))
 NATIVE := $(wildcard kernels/cpu/native/* actors/native/*)
 STAMP := $(VENV)/.installed-$(firstword $(shell (echo $(FILES); cat $(NATIVE)) | cksum))
+# Without a compiler Moray is installed without its native libraries, which a strict editable install does not allow.
+COMPILERS := $(shell $(PYTHON) -c 'import os, shutil, sysconfig as s; \
+	print(all(shutil.which((os.environ.get(name) or s.get_config_var(name) or name).split()[0]) for name in ("CC", "CXX")))')
+EDITABLE := --editable '.[dev]' $(if $(filter True,$(COMPILERS)),--config-settings editable_mode=strict)
 PORT ?= 8000
 
 # Explicit everywhere: unset, Ray would turn token authentication on and write a token into the home directory.
@@ -19,8 +23,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Moray needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	rm -rf build/__editable__*
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --config-settings editable_mode=strict
+	rm -rf build/__editable__* kernels/cpu/_native*.so actors/_native*.so
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(EDITABLE)
 	rm -f $(VENV)/.installed-*
 	touch $@
 
