@@ -116,7 +116,7 @@ class _Region:
         beside = [one for one in self.free if one[1] == begin or one[0] == end]
         for one in beside:
             self.free.remove(one)
-        begin, end = min(begin, *(one[0] for one in beside), begin), max(end, *(one[1] for one in beside), end)
+        begin, end = min([begin, *(one[0] for one in beside)]), max([end, *(one[1] for one in beside)])
         insort(self.free, (begin, end))
         inner = self._first - (self._first - begin) // HUGE * HUGE
         pages = (end - inner) // HUGE
