@@ -31,7 +31,6 @@ from .router_server import RouterServer
 _ADOPT_TIMEOUT_S = 20.0
 """A step is over in less, or has failed for want of experts: then too the new table is taken before it is tried again."""
 
-
 _SPIN_US = 60
 """How long idle compute threads of a router look for work: its native layers follow each other within less, but for the time in
 which hosts compute, and those of its own node want the cores then. 300 us made a step of 32 tokens 1.08 times as long."""

@@ -9,6 +9,7 @@ pages, and is given out again.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -81,7 +82,7 @@ class WeightMemory:
         self._settle()
 
     def _settle(self) -> None:
-        if self._returned and self._lock.acquire(blocking=False):
+        while self._returned and self._lock.acquire(blocking=False):
             try:
                 self._take_in()
             finally:
@@ -99,7 +100,8 @@ class _Region:
     def __init__(self, size: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
         self.mapping = mmap.mmap(-1, size + HUGE, flags=flags)
-        self.mapping.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # no kernel need have such pages
+            self.mapping.madvise(mmap.MADV_HUGEPAGE)
         self._first = -ctypes.addressof(ctypes.c_char.from_buffer(self.mapping)) % HUGE  # where whole huge pages begin
         self.free = [(self._first, self._first + size)]
 

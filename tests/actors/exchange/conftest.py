@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,8 +47,8 @@ def play() -> Iterator[Callable[..., PlayedCluster]]:
     """Makes clusters of played hosts."""
     with contextlib.ExitStack() as stack:
 
-        def play(*arguments: object, **options: object) -> PlayedCluster:
-            return stack.enter_context(contextlib.closing(PlayedCluster(*arguments, **options)))  # type: ignore[arg-type]
+        def play(*arguments: Any, **options: Any) -> PlayedCluster:
+            return stack.enter_context(contextlib.closing(PlayedCluster(*arguments, **options)))
 
         yield play
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,11 @@ def test_whole_pages_that_nobody_uses_are_the_systems(memory: WeightMemory) -> N
     gc.collect()
     assert resident_bytes() - before < 8 * HUGE
     assert torch.equal(tensors[0], kept)
+
+
+def test_a_kernel_without_huge_pages_has_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)  # which the kernel refuses as it does what it was built without
+    assert bool((numbered(WeightMemory(REGION), 5, 10) == 5).all())
 
 
 def test_a_view_keeps_its_memory(memory: WeightMemory) -> None:
