@@ -54,7 +54,11 @@ def _cpu_path() -> KernelPath:
         return KernelPath("cpu", "cpu", "torch", why)
     if library.best is Instructions.GENERIC:
         return KernelPath("cpu", "cpu", "torch", "this processor has no AVX2; float32, by torch")
-    loop = "" if actors_library() is not None else "; without the native loop of expert hosts: install Moray again"
+    loop = (
+        ""
+        if actors_library() is not None
+        else "; without the native half of routers and expert hosts: install Moray again"
+    )
     return KernelPath("cpu", "cpu", "native", f"{library.best.name}, bfloat16 and FP8 (float32 is torch's){loop}")
 
 

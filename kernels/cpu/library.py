@@ -181,8 +181,8 @@ def set_threads(threads: int, *, packed: bool, spin_us: int = SPIN_US) -> None:
     """Have this process compute with so many threads: in the kernels, if there are any, and in torch unless weights are packed.
 
     Then torch has only small things left to do, and its threads, which look for work for milliseconds after each of them, would
-    take the cores from the kernels' (a step of 32 tokens took 1.6 times as long). Those of the kernels look for it for `spin_us`
-    before they sleep.
+    take the cores from the kernels' (a step of 32 tokens took 1.6 times as long). Those of the kernels look for it
+    for `spin_us` before they sleep.
     """
     import torch  # which the rest of this module does without: a process that only asks what is here need not load it
 

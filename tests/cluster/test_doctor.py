@@ -161,7 +161,7 @@ def test_what_cpus_compute_with(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.best.name in found.why
     assert "loop" not in found.why
     monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.actors_library", lambda: None)
-    assert "without the native loop" in kernel_paths()[-1].why
+    assert "without the native half of routers and expert hosts" in kernel_paths()[-1].why
     monkeypatch.setattr("moray.cluster.diagnosis.kernel_paths.native", lambda: None)
     found = kernel_paths()[-1]
     assert (found.path, "install one, then Moray again" in found.why) == ("torch", True)

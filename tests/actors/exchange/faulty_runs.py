@@ -81,19 +81,19 @@ class Faulty:
 
 
 def shorten_native_waits(it: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = it.dispatch._run
-    assert run is not None
-    monkeypatch.setattr(native_exchange, "_WAIT_US", 1000)
-    monkeypatch.setattr(layer_run, "_WAIT_US", 1000)
-    run._run.wait_us = 1000
+    _wait_natively(it, 1000, monkeypatch)
 
 
 def be_patient(it: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    _wait_natively(it, 30_000_000, monkeypatch)
+
+
+def _wait_natively(it: Faulty, microseconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = it.dispatch._run
     assert run is not None
-    monkeypatch.setattr(native_exchange, "_WAIT_US", 30_000_000)
-    monkeypatch.setattr(layer_run, "_WAIT_US", 30_000_000)
-    run._run.wait_us = 30_000_000
+    monkeypatch.setattr(native_exchange, "_WAIT_US", microseconds)
+    monkeypatch.setattr(layer_run, "_WAIT_US", microseconds)
+    run._run.wait_us = microseconds
 
 
 def waits_for_first(it: Faulty) -> bool:

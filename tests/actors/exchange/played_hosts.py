@@ -21,20 +21,12 @@ from moray.actors.testing import SECRET
 from moray.configs.errors import MorayError
 from moray.kernels.combine import combine
 
+from ..host_loop.packed_hosts import patience as patience
+from ..host_loop.packed_hosts import wait_until as wait_until
+
 FIRST_LAYER, LAYERS, HIDDEN, TOP_K = 3, 2, 40, 2
 Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Hidden states, top-k ids and weights of one layer."""
-
-
-def patience() -> Deadline:
-    return Deadline.after(20)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = patience()
-    while not condition():
-        assert not deadline.passed
-        time.sleep(0.005)
 
 
 def new_exchange() -> NativeExchange:

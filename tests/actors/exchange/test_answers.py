@@ -205,6 +205,14 @@ def test_every_wrong_byte_has_the_fate_that_python_alone_gives_it(play: Play, va
         assert valid or isinstance(found[0][0], tuple), "an error"
 
 
+def announce_outputs(host: PlayedHost) -> None:
+    """Say that outputs are there for what was asked, whatever the memory for them."""
+    request = host.take()
+    header = MoeHeader.unpack(request.header)._replace(kind=Kind.DONE).pack()
+    payload = plan_payload((host.outputs(request),))
+    host.link._sock.send(encode(MessageType.FRAME, host.link._state.sent, header, payload))
+
+
 # ---- memory that is not there --------------------------------------------------------------------------------------------
 
 
@@ -219,11 +227,7 @@ def test_outputs_without_an_arena(play: Play, native: bool) -> None:
         outcome(cluster.dispatch.finish, claim)
     claim = cluster.dispatch.start(3, *one)
     assert cluster.exchange is None or cluster.exchange.claim is claim
-    request = host.take()
-    header = MoeHeader.unpack(request.header)._replace(kind=Kind.DONE).pack()
-    host.link._sock.send(
-        encode(MessageType.FRAME, host.link._state.sent, header, plan_payload((host.outputs(request),)))
-    )
+    announce_outputs(host)
     why = "sent 960 bytes without an arena that holds them"
     assert why in str(outcome(cluster.dispatch.finish, claim))
 
@@ -236,11 +240,7 @@ def test_outputs_that_are_larger_than_the_arena(play: Play, native: bool) -> Non
     one = cluster.step(600)
     claim = cluster.dispatch.start(3, *one)
     assert cluster.exchange is None or cluster.exchange.claim is claim
-    request = host.take()
-    header = MoeHeader.unpack(request.header)._replace(kind=Kind.DONE).pack()
-    host.link._sock.send(
-        encode(MessageType.FRAME, host.link._state.sent, header, plan_payload((host.outputs(request),)))
-    )
+    announce_outputs(host)
     why = f"sent {1200 * HIDDEN * 2} bytes without an arena that holds them"
     assert why in str(outcome(cluster.dispatch.finish, claim))
 
