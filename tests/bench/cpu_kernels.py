@@ -23,7 +23,7 @@ from moray.actors.weight_copy import resident_bytes
 from moray.kernels.cpu.library import native, set_threads
 from moray.kernels.cpu.matrix import linear, pack
 from moray.kernels.experts import ExpertWeights, MlpWeights, grouped_mlp
-from moray.kernels.fp8 import BLOCK, BlockWeight, scale_shape
+from moray.kernels.fp8 import BLOCK, BlockWeight, quantize_blocks
 from moray.kernels.packed import PackedWeight
 from moray.kernels.sampling import RowSampling, _sample_reference, sample
 
@@ -45,9 +45,8 @@ SAMPLED = {  # temperature, top_k, top_p, min_p
 
 
 def drawn(rows: int, columns: int) -> PackedWeight:
-    codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8)
-    codes |= torch.randint(0, 2, (rows, columns), dtype=torch.uint8) << 7
-    return pack(BlockWeight(codes.view(torch.float8_e4m3fn), torch.full(scale_shape(rows, columns), 1e-3)))
+    """Normal values, quantized: as in a checkpoint, few of them are subnormal, which some machines multiply more slowly."""
+    return pack(BlockWeight(*quantize_blocks(torch.randn(rows, columns) * 0.02)))
 
 
 def experts(count: int, hidden: int, intermediate: int) -> ExpertWeights:

@@ -5,9 +5,5 @@
 #include "sampling.h"
 #include "sums.h"
 
-namespace {
-void prepare() { decoder.prepare(); }
-}  // namespace
-
 extern const moray::Kernels moray::MORAY_TABLE = {prepare,   linear_rows, swiglu,  grouped_mlp,
                                                      attention, add,         combine, sampling::sample};

@@ -23,7 +23,7 @@ INLINE int best_of(const float *scores, int count, const uint8_t *barred) {
 // In place.
 INLINE void exponentials(float *x, int count) {
     int i = 0;
-    for (; i + TILE <= count; i += TILE) store(x + i, exponential(load(x + i)));
+    for (; i + LANES <= count; i += LANES) store(x + i, exponential(load(x + i)));
     for (; i < count; i++) x[i] = exponential(all(x[i]))[0];
 }
 

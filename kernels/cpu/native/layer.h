@@ -12,15 +12,15 @@ namespace {
 INLINE void rms_norm(const bf16 *x, const bf16 *weight, int width, float eps, bf16 *out) {
     Floats squares = all(0.0f);
     int i = 0;
-    for (; i + TILE <= width; i += TILE) squares = multiply_add(widen16(x + i), widen16(x + i), squares);
+    for (; i + LANES <= width; i += LANES) squares = multiply_add(widen_at(x + i), widen_at(x + i), squares);
     float sum = sum_of(squares);
     for (int j = i; j < width; j++) sum += widen(x[j]) * widen(x[j]);
     const float scale = 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
-    bf16 rounded[TILE];
+    bf16 rounded[LANES];
     int c = 0;
-    for (; c + TILE <= width; c += TILE) {
-        narrow16(rounded, widen16(x + c) * all(scale));
-        narrow16(out + c, widen16(weight + c) * widen16(rounded));
+    for (; c + LANES <= width; c += LANES) {
+        narrow_to(rounded, widen_at(x + c) * all(scale));
+        narrow_to(out + c, widen_at(weight + c) * widen_at(rounded));
     }
     for (; c < width; c++) out[c] = narrow(widen(weight[c]) * widen(narrow(widen(x[c]) * scale)));
 }
@@ -204,7 +204,8 @@ static void layer_task(void *argument) {
                     bf16 rounded[GROUP * TILE], *hidden = job.hidden + t * hidden_size + at;
                     keep_bf16(rounded, totals, outputs);
                     int i = 0;
-                    for (; i + TILE <= outputs; i += TILE) narrow16(hidden + i, widen16(hidden + i) + widen16(rounded + i));
+                    for (; i + LANES <= outputs; i += LANES)
+                        narrow_to(hidden + i, widen_at(hidden + i) + widen_at(rounded + i));
                     for (; i < outputs; i++) hidden[i] = narrow(widen(hidden[i]) + widen(rounded[i]));
                 });
         });

@@ -25,8 +25,7 @@ INLINE void middle_group(const moray_matrix &gate_up, int group, int rows, Row r
         for (int r = 0; r < now; r++) {
             const float *gate = totals + r * WIDTH, *up = gate + GROUP * TILE;
             bf16 *out = to(begin + r) + first * TILE;
-            for (int t = 0; t < count; t++)
-                narrow16(out + t * TILE, silu(load(gate + t * TILE)) * load(up + t * TILE));
+            for (int i = 0; i < count * TILE; i += LANES) narrow_to(out + i, silu(load(gate + i)) * load(up + i));
         }
     }
 }

@@ -61,7 +61,26 @@ int64_t now_ns() {
     return at.tv_sec * 1000000000LL + at.tv_nsec;
 }
 
+// While there, this thread computes with numbers below the normal ones as with any others. Libraries built with -ffast-math have
+// the thread that loads them take such numbers for zero, torch does when asked to, and threads inherit it: codes of e4m3 would
+// be among them, and the bits of a result would depend on the thread.
+class WithSubnormals {
+#if defined(__x86_64__)
+    static constexpr unsigned FLUSHING = 0x8040;  // of results, and of operands
+    const unsigned was = __builtin_ia32_stmxcsr();
+
+public:
+    WithSubnormals() {
+        if (was & FLUSHING) __builtin_ia32_ldmxcsr(was & ~FLUSHING);
+    }
+    ~WithSubnormals() {
+        if (was & FLUSHING) __builtin_ia32_ldmxcsr(was);
+    }
+#endif
+};
+
 void *work(void *number) {
+    const WithSubnormals always;
     const int worker = static_cast<int>(reinterpret_cast<intptr_t>(number));
     in_region = true;
     uint32_t seen = started.load();
@@ -111,6 +130,7 @@ int ready_workers() {
 }  // namespace
 
 void run(Task task, void *argument) {
+    const WithSubnormals here;
     if (in_region || pthread_mutex_trylock(&pool_lock) != 0) return task(argument);
     const int workers = ready_workers();
     in_region = true;

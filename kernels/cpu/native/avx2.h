@@ -1,0 +1,75 @@
+// What vector.h and products_f32.h need of AVX2 and FMA.
+#ifndef MORAY_AVX2_H
+#define MORAY_AVX2_H
+
+namespace {
+
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+// sum += a b. Written out, since compilers choose forms of the instruction that move sums from register to register, and keep
+// some of twelve in memory.
+INLINE void accumulate(Floats &sum, Floats a, Floats b) { asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+INLINE Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE Floats widen_at(const bf16 *at) {
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at))), 16);
+}
+INLINE void narrow_to(bf16 *at, Floats x) {
+    const __m256i bits = (__m256i)x;
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 is_nan = _mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);
+    const __m256i chosen = (__m256i)_mm256_blendv_ps((__m256)rounded, (__m256)nan, is_nan);
+    const __m256i words = _mm256_srli_epi32(chosen, 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(at),
+                     _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+// Lane i becomes lane i ^ DISTANCE.
+template <int DISTANCE>
+INLINE Floats across(Floats x) {
+    if constexpr (DISTANCE == 4) return (Floats)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1);
+    if constexpr (DISTANCE == 2) return (Floats)_mm256_permute_ps((__m256)x, 0x4E);
+    return (Floats)_mm256_permute_ps((__m256)x, 0xB1);
+}
+
+// Codes of e4m3 become bf16 by shifts alone: put where bf16 has its sign, the lowest four bits of its exponent and its mantissa's
+// first three, a code is 2^-120 of its value, subnormals included. Activations are multiplied with a part of 2^120, and scales
+// with the rest, so that neither overflows: activations may be as large as 2^71, and what sums lose is below 2^-85.
+constexpr float CODES_BY_ACTIVATION = 0x1p56f, CODES_BY_SCALE = 0x1p64f;
+
+constexpr int32_t BITS_OF_CODE = static_cast<int32_t>(0x87F00000);  // of the upper of two bf16: the others are not to be looked at
+
+// Two of four columns of eight rows' codes, as packed.
+template <int PAIR>
+INLINE Ints decoded_pair(const uint8_t *at) {
+    constexpr int a = 8 * PAIR, b = a + 1, _ = -1;
+    const __m256i order = _mm256_setr_epi8(_, a, _, b, _, a + 2, _, b + 2, _, a + 4, _, b + 4, _, a + 6, _, b + 6,
+                                           _, a, _, b, _, a + 2, _, b + 2, _, a + 4, _, b + 4, _, a + 6, _, b + 6);
+    // Volatile, to be read for each pair anew: there are registers for twelve sums only if nothing is kept.
+    const __m256i codes = (__m256i)*reinterpret_cast<const volatile LooseInts *>(at);
+    return (Ints)_mm256_srai_epi16(_mm256_shuffle_epi8(codes, order), 4);
+}
+
+// to[c][r] = rows[r][c] of eight rows and eight columns, `step` floats from one column to the next; a row of NULL is zeros.
+INLINE void transpose_to(float *to, int64_t step, const bf16 *const *rows, int column) {
+    __m256 v[8], w[8];
+    for (int r = 0; r < 8; r++) v[r] = rows[r] ? (__m256)widen_at(rows[r] + column) : _mm256_setzero_ps();
+    for (int i = 0; i < 8; i += 2) {
+        w[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        w[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm256_shuffle_ps(w[i + j], w[i + j + 2], 0x44);
+            v[i + 2 * j + 1] = _mm256_shuffle_ps(w[i + j], w[i + j + 2], 0xEE);
+        }
+    for (int c = 0; c < 4; c++) {
+        _mm256_storeu_ps(to + c * step, _mm256_permute2f128_ps(v[c], v[c + 4], 0x20));
+        _mm256_storeu_ps(to + (c + 4) * step, _mm256_permute2f128_ps(v[c], v[c + 4], 0x31));
+    }
+}
+
+void prepare() {}
+
+}  // namespace
+#endif
