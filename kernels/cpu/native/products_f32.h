@@ -53,13 +53,24 @@ INLINE void multiply_line(const float *x, const uint8_t *at, Floats (*sum)[V]) {
         for (int v = 0; v < V; v++) w[v] = as_floats(load_words(at + STRIP * v));
         multiply_column<R, V>(x, w, sum);
     } else if constexpr (2 * P < LINE<KIND>) {
-        Ints pair[V];
+        if constexpr (R <= 2) {  // many strips: each at once, or there are more weights than registers
+            Floats first[R], second[R];
+            for (int r = 0; r < R; r++) first[r] = all(x[r * BLOCK]), second[r] = all(x[r * BLOCK + 1]);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) w[v] = even<KIND>(pair[v] = pair_at<KIND, P>(at + STRIP * v));
-        multiply_column<R, V>(x, w, sum);
+            for (int v = 0; v < V; v++) {
+                const Ints pair = pair_at<KIND, P>(at + STRIP * v);
+                for (int r = 0; r < R; r++) accumulate(sum[r][v], first[r], even<KIND>(pair));
+                for (int r = 0; r < R; r++) accumulate(sum[r][v], second[r], odd<KIND>(pair));
+            }
+        } else {
+            Ints pair[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) w[v] = odd<KIND>(pair[v]);
-        multiply_column<R, V>(x + 1, w, sum);
+            for (int v = 0; v < V; v++) w[v] = even<KIND>(pair[v] = pair_at<KIND, P>(at + STRIP * v));
+            multiply_column<R, V>(x, w, sum);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) w[v] = odd<KIND>(pair[v]);
+            multiply_column<R, V>(x + 1, w, sum);
+        }
         multiply_line<R, V, KIND, P + 1>(x + 2, at, sum);
     }
 }
@@ -73,9 +84,10 @@ struct Columns {
     const uint8_t *ahead;  // what to fetch meanwhile, laid out like `data`; NULL: nothing
 };
 
-// totals[r][strip] += scale x[r] . w[strip], of R rows of x [R, BLOCK] and V strips.
+// totals[r][strip] += scale x[r] . w[strip], of R rows of x [R, BLOCK] and V strips. Never inlined: beside what is around it,
+// compilers keep some of the sums in memory.
 template <int R, int V, int KIND>
-INLINE void multiply(const float *x, const Columns &columns, float *totals, int64_t row_stride) {
+static __attribute__((noinline)) void multiply(const float *x, const Columns &columns, float *totals, int64_t row_stride) {
     Floats sum[R][V];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
