@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_with_work_in_hand_costs_no_step(
 
     def killed_before(pending: Any) -> torch.Tensor:
         if armed.is_set() and not killed.is_set():
-            has_work = bool(router.dispatch._lines["expert-host-2"].owed)
+            has_work = bool(router.dispatch._hosts.lines["expert-host-2"].owed)
             os.kill(victim, signal.SIGKILL if has_work else signal.SIGCONT)
             if has_work:
                 killed.set()

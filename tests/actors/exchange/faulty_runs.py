@@ -98,7 +98,7 @@ def _wait_natively(it: Faulty, microseconds: int, monkeypatch: pytest.MonkeyPatc
 
 def waits_for_first(it: Faulty) -> bool:
     """Whether Python waits for the first host alone."""
-    first, *others = it.dispatch._lines.values()
+    first, *others = it.dispatch._hosts.lines.values()
     return bool(first.owed) and all(line.idle for line in others)
 
 

@@ -188,7 +188,7 @@ def shorten_native_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def waits_for(served: Served, host: int) -> bool:
     """Whether Python waits for this host alone."""
-    lines = [served.dispatch._lines[h.host_id] for h in served.hosts]
+    lines = [served.dispatch._hosts.lines[h.host_id] for h in served.hosts]
     return bool(lines[host].owed) and all(line.idle for line in lines if line is not lines[host])
 
 
@@ -228,7 +228,7 @@ def test_a_stuck_host_is_hedged(serve: Make, monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(run(served.dispatch, served.steps[number]), served.wanted[number])
             assert served.counts() == (0, 1, 0)
             assert served.dispatch.late_hosts == ["expert-host-0"]
-    line = served.dispatch._lines["expert-host-0"]
+    line = served.dispatch._hosts.lines["expert-host-0"]
 
     def answered() -> bool:
         served.dispatch.check()

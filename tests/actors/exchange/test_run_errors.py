@@ -48,7 +48,7 @@ def test_an_error_of_pythons_in_the_middle(
         monkeypatch.setattr(it.dispatch, name, FailsOnce(getattr(it.dispatch, name), 1, after=after))
         if name not in ("_ask_for", "start"):
             it.stuck.begin()
-            monkeypatch.setattr(it.dispatch, "_excuse", lambda seconds: it.stuck.end())
+            monkeypatch.setattr(it.dispatch._hosts, "excuse", lambda seconds: it.stuck.end())
 
     with monkeypatch.context() as patch:
         after_layer(it.model, layer, break_it, patch)

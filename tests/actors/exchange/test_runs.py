@@ -163,7 +163,7 @@ def test_who_is_asked_follows_how_the_hosts_are(models: Make, parts: EngineParts
     first, second, cold = router_ends(whole.dispatch)
     for bad in (False, True, False):
         for model in made.made:
-            line = model.dispatch._lines["expert-host-0"]
+            line = model.dispatch._hosts.lines["expert-host-0"]
             setattr(line, what, bad if what == "late" else model.clock() + 1000 * bad)
             model.warm()
         before = [end._state.sent for end in (first, second, cold)]
@@ -188,7 +188,7 @@ def test_what_was_described_once_is_described_again_for_other_routes(models: Mak
     assert run._routes is routes
     assert run._described is described
     assert run._layers is layers
-    whole.dispatch._lines["expert-host-0"].late = True
+    whole.dispatch._hosts.lines["expert-host-0"].late = True
     whole.transformer.hidden_states(one)
     assert run._routes is not routes
     assert [where.first_address for where in routes.values()] == [layer.keys for layer in described[1:]]
@@ -201,7 +201,7 @@ def test_what_was_described_once_is_described_again_for_other_routes(models: Mak
 def test_hosts_tell_how_fast_they_are(models: Make) -> None:
     made = models(2)
     whole = made.model()
-    lines = list(whole.dispatch._lines.values())
+    lines = list(whole.dispatch._hosts.lines.values())
     seen = [line.latency._all.seen for line in lines]
     sums, waited = pairs(whole), whole.dispatch.wait_s
     for number in range(20):

@@ -113,7 +113,7 @@ class Model:
 
     def _settled(self) -> bool:
         self.dispatch.check()
-        return all(line.idle for line in self.dispatch._lines.values())
+        return self.dispatch._hosts.idle
 
 
 def outputs(model: Model, some: Sequence[ForwardBatch]) -> list[torch.Tensor]:
