@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 
 from ..configs.errors import ExpertsUnavailableError, LinkError, PeerTimeoutError
 from .dispatch_counts import DispatchCounts
@@ -12,7 +12,7 @@ from .links.base import Link
 from .pending_experts import PendingExperts, Share
 from .placement_table import PlacementTable, is_cold
 from .reports import HostView
-from .routes import IF_NEED_BE, IF_NOT_ELSEWHERE, NO, YES, Routes
+from .routes import IF_NEED_BE, IF_NOT_ELSEWHERE, NO, YES, LayerRoutes, Routes
 
 logger = logging.getLogger("moray.router")
 
@@ -33,10 +33,11 @@ class DispatchHosts:
         clock: in seconds; lateness is measured on it.
 
     Attributes:
-        table: the placement; routes: its replicas.
+        table: the placement.
         clock: as given.
         lines: host -> the work of the host; without those that there is no link to.
-        in_order: the same for each host of the routes; None where there is no link. Another list after every change.
+        in_order: the same for each host of the routes, in their order; None where there is no link. Another list after
+            every change.
         unreachable: (layer, expert) pairs that no host with a link has.
         broken: host -> what is wrong with it: its link was lost, or it refused the last work it was given. For any thread.
     """
@@ -101,7 +102,7 @@ class DispatchHosts:
     @property
     def missing(self) -> int:
         """(layer, expert) pairs that no host can compute now; those that refuse their work are no better than lost ones."""
-        return self.routes.unreachable(set(self.lines) - set(self.broken))
+        return self._routes.unreachable(set(self.lines) - set(self.broken))
 
     @property
     def late(self) -> list[str]:
@@ -128,23 +129,17 @@ class DispatchHosts:
         """Whether no host owes anything, and nothing is to be sent to any."""
         return all(line.idle for line in self.lines.values())
 
-    def askable(self, refused: Container[str], avoided: int) -> tuple[int, ...]:
-        """For each host of the routes whether it can be asked, `NO` to `YES`; `avoided` for those that are late or refuse.
+    def routes_of(self, claim: PendingExperts, avoided: int) -> LayerRoutes:
+        """Where the experts of a claim's layer can be asked for; not of hosts that have refused it.
 
         Args:
-            refused: hosts that are not to be asked at all.
+            avoided: `NO` to `YES` for hosts that are late or refuse their work.
         """
-        now, lines = self.clock(), self.lines
-        levels = []
-        for host, at_best in self._at_best:
-            line = lines.get(host)
-            if line is None or host in refused:
-                levels.append(NO)
-            elif line.late or now < line.refused_until:
-                levels.append(avoided)
-            else:
-                levels.append(IF_NEED_BE if now < line.slow_until else at_best)
-        return tuple(levels)
+        return self._routes.of_layer(claim.layer, self._askable(claim.refused, avoided))
+
+    def routes_of_layers(self, layers: Collection[int]) -> Mapping[int, LayerRoutes]:
+        """Where each of these layers' experts can be asked for: the same object for as long as nothing has changed."""
+        return self._routes.of_layers(layers, self._askable((), IF_NEED_BE))
 
     def post(self, line: HostLine, share: Share) -> None:
         """Send a share, or queue it; the host is dropped if it turns out to be lost."""
@@ -188,10 +183,24 @@ class DispatchHosts:
         lost = "; ".join(self.broken.values()) or "no link to " + ", ".join(self.unlinked)
         return ExpertsUnavailableError(f"{self.unreachable} (layer, expert) pairs have no reachable replica: {lost}")
 
+    def _askable(self, refused: Container[str], avoided: int) -> tuple[int, ...]:
+        """For each host of the routes whether it can be asked; `avoided` for those that are late or refuse."""
+        now, lines = self.clock(), self.lines
+        levels = []
+        for host, at_best in self._at_best:
+            line = lines.get(host)
+            if line is None or host in refused:
+                levels.append(NO)
+            elif line.late or now < line.refused_until:
+                levels.append(avoided)
+            else:
+                levels.append(IF_NEED_BE if now < line.slow_until else at_best)
+        return tuple(levels)
+
     def _use(self, table: PlacementTable) -> None:
         self.table = table
-        self.routes = Routes(table)
-        self._at_best = [(host, IF_NOT_ELSEWHERE if is_cold(host) else YES) for host in self.routes.hosts]
+        self._routes = Routes(table)
+        self._at_best = [(host, IF_NOT_ELSEWHERE if is_cold(host) else YES) for host in self._routes.hosts]
 
     def _line(self, host: str, link: Link) -> HostLine:
         return HostLine(host, link, reply_timeout_s=self._reply_timeout_s, clock=self.clock)
@@ -207,5 +216,5 @@ class DispatchHosts:
         self.broken.pop(host, None)
 
     def _lines_have_changed(self) -> None:
-        self.in_order = [self.lines.get(host) for host in self.routes.hosts]
-        self.unreachable = self.routes.unreachable(self.lines)
+        self.in_order = [self.lines.get(host) for host in self._routes.hosts]
+        self.unreachable = self._routes.unreachable(self.lines)

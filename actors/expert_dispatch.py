@@ -1,9 +1,7 @@
 """The router's side of the expert layers: who computes which (token, expert) pair, out over the links and back.
 
-What is asked of a host is a *share*: some pairs of one layer. Everything that can go wrong with a host comes down to one
-rule, `_cover`: every pair that nobody has answered is asked of a host that will probably answer, and only where there is
-none, of one that perhaps will. So a lost host's pairs go to other replicas at once, a late host's are *hedged* (asked of
-others too, whoever answers first), and a refusal is taken elsewhere, all within the same layer of the same step.
+What is asked of a host is a *share*: some pairs of one layer. Who is asked, also once a host is lost, late or refuses, says
+`Asker`.
 """
 
 from __future__ import annotations
@@ -12,12 +10,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 
 from ..configs.errors import LinkError, PeerTimeoutError
 from ..kernels.cpu.attention import BatchTables
 from ..model.cpu_block import CpuLayer
+from .asking import Asker
 from .dispatch_counts import DispatchCounts
 from .dispatch_hosts import DispatchHosts
 from .host_line import HostLine
@@ -26,11 +24,11 @@ from .links.base import Link
 from .moe_frames import Kind
 from .native_exchange import NativeExchange
 from .native_library import Stage
-from .pending_experts import PendingExperts, Share
+from .pending_experts import PendingExperts
 from .placement_table import PlacementTable
 from .replica_choice import choose_replicas
 from .reports import HostView
-from .routes import IF_NEED_BE, NO, IntArray, LayerRoutes
+from .routes import IF_NEED_BE, IntArray
 
 logger = logging.getLogger("moray.router")
 
@@ -68,6 +66,7 @@ class ExpertDispatch:
     ) -> None:
         self._counts = DispatchCounts(table)
         self._hosts = DispatchHosts(table, links, self._counts, reply_timeout_s=reply_timeout_s, clock=clock)
+        self._asker = Asker(self._hosts, self._counts)
         self._clock = clock
         self._exchange = exchange
         self._run = None if exchange is None else layer_run(exchange)
@@ -173,7 +172,7 @@ class ExpertDispatch:
             raise self._hosts.unavailable()
         claim = self._claim(layer, hidden_states, topk_ids.cpu(), topk_weights)
         if not self._ask_natively(claim):
-            self._cover(claim)
+            self._asker.cover(claim)
         return claim
 
     def finish(self, pending: PendingExperts) -> torch.Tensor:
@@ -192,7 +191,7 @@ class ExpertDispatch:
                 while pending.left:
                     if not self._collect(pending):
                         self._attend()
-                        self._cover(pending)
+                        self._asker.cover(pending)
             finally:
                 self._counts.wait_s += time.perf_counter() - started
             self._counts.expert_tokens[pending.layer - self._counts.first_layer] += pending.load
@@ -214,7 +213,7 @@ class ExpertDispatch:
             return False
         for line in self._hosts.lines.values():
             line.keep_what_is_lent()
-        run.begin(hidden_states, batch, hosts=len(self._hosts.routes.hosts), epoch=self._hosts.table.epoch)
+        run.begin(hidden_states, batch, hosts=len(self._hosts.in_order), epoch=self._hosts.table.epoch)
         claim: PendingExperts | None = None
         try:
             while not self._go(run):
@@ -247,7 +246,7 @@ class ExpertDispatch:
     def _describe(self, run: LayerRun, layers: Sequence[CpuLayer]) -> bool:
         """Say where the layers' experts are to be asked for; False if native code could not ask for all of them."""
         routed = [layer.number for layer in layers if layer.top_k]
-        routes = self._hosts.routes.of_layers(routed, self._hosts.askable((), IF_NEED_BE))
+        routes = self._hosts.routes_of_layers(routed)
         if not routes or not all(where.complete and where.first_address for where in routes.values()):
             return False
         run.describe(layers, routes, self._counts.address)
@@ -263,7 +262,7 @@ class ExpertDispatch:
         """Ask for the layer that a run has come to, and could not ask for, at least not everybody."""
         if run.asked_natively:
             claim = self._asked_for(run)
-            self._cover(claim)
+            self._asker.cover(claim)
         else:
             claim = self.start(*run.work())
         run.has_asked()
@@ -295,7 +294,7 @@ class ExpertDispatch:
             return False
         if not self._hosts.idle:
             return False  # replies come in order, and those to others are taken below
-        routes = self._hosts.routes.of_layer(claim.layer, self._hosts.askable(claim.refused, IF_NEED_BE))
+        routes = self._hosts.routes_of(claim, IF_NEED_BE)
         if not (routes.complete and routes.first_address):
             return False
         keys = None
@@ -390,79 +389,6 @@ class ExpertDispatch:
         known = [seconds for seconds in others if seconds > 0]
         if known and line.last_s > _SLOW * min(known):
             line.spare()
-
-    # ---- who is asked for what --------------------------------------------------------------------------------------
-
-    def _cover(self, claim: PendingExperts) -> None:
-        """See to it that every open pair is asked of a host that is neither late nor refusing, where there is one.
-
-        Raises:
-            ExpertsUnavailableError: a pair can be asked of nobody any more; the claim is closed then.
-        """
-        if not claim.asked:
-            lines = len(self._hosts.lines)
-            routes = self._hosts.routes.of_layer(claim.layer, self._hosts.askable(claim.refused, IF_NEED_BE))
-            if routes.complete:  # else perhaps none of the others is asked for
-                self._ask(claim, None, routes)
-                claim.asked = True
-                if len(self._hosts.lines) == lines:
-                    return
-        while claim.left:
-            lines = len(self._hosts.lines)
-            asked, perhaps = self._asked(claim)
-            lost = np.flatnonzero(claim.is_open & ~asked & ~perhaps)
-            if len(lost):
-                routes = self._hosts.routes.of_layer(claim.layer, self._hosts.askable(claim.refused, IF_NEED_BE))
-                if not routes.count[claim.experts[lost]].all():
-                    claim.close()
-                    raise self._hosts.unavailable(claim)
-                shares = self._ask(claim, lost, routes)
-                self._counts.resent_shares += shares if claim.asked else 0
-                claim.asked = True
-            hedged = np.flatnonzero(claim.is_open & ~asked & perhaps)
-            if len(hedged):
-                routes = self._hosts.routes.of_layer(claim.layer, self._hosts.askable(claim.refused, NO))
-                hedged = hedged[routes.count[claim.experts[hedged]] > 0]
-                claim.hedged = claim.hedged or len(hedged) > 0
-                self._counts.hedged_shares += self._ask(claim, hedged, routes)
-            if len(self._hosts.lines) == lines:
-                return  # else a host was lost while it was being asked
-
-    def _asked(self, claim: PendingExperts) -> tuple[np.ndarray, np.ndarray]:
-        """Which pairs [T * K] are asked of hosts that will probably answer, and which of others."""
-        probably, perhaps = np.zeros((2, len(claim.experts)), dtype=np.bool_)
-        if claim.asked:
-            for line in self._hosts.lines.values():
-                for share in line.shares_of(claim):
-                    (perhaps if line.late else probably)[share.pairs] = True
-        return probably, perhaps
-
-    def _ask(self, claim: PendingExperts, pairs: IntArray | None, routes: LayerRoutes) -> int:
-        """Ask for pairs [P], or for all, all of which have a route, one share for each host; how many shares.
-
-        Hosts that are lost meanwhile are dropped, and their shares with them.
-        """
-        experts = claim.experts if pairs is None else claim.experts[pairs]
-        if routes.single:
-            keys = routes.keys[0].take(experts)
-        else:
-            load = claim.load if pairs is None else None
-            keys = routes.keys[choose_replicas(experts, routes.hosts, routes.count, load=load), experts]
-        # One stable sort groups the pairs by host and, within a host, by slot with tokens ascending.
-        order = keys.argsort(kind="stable")
-        keys = keys.take(order)
-        ends = keys.searchsorted(routes.first_keys).tolist()
-        slots = keys % routes.width
-        sorted_pairs = order if pairs is None else pairs[order]
-        shares = 0
-        for host, begin, end in zip(self._hosts.routes.hosts, ends, ends[1:], strict=False):
-            if begin == end:
-                continue
-            shares += 1
-            self._counts.sequence += 1
-            share = Share(host, claim, sorted_pairs[begin:end], slots[begin:end], self._counts.sequence)
-            self._hosts.post(self._hosts.lines[host], share)
-        return shares
 
 
 def _late_and_due(line: HostLine) -> tuple[bool, float]:
