@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable
 
 from .engine_client import EngineClient
 from .messages import ClusterStatus, GenerateRequest, TokenOutput
-from .router import Router, Sink
+from .router import Router
+from .router_inbox import Sink
 from .token_inbox import TokenInbox
 
 

@@ -14,6 +14,7 @@ from ..configs.errors import LinkError
 from ..kernels.combine import combine_parts
 from .deadline import Deadline
 from .links.base import Link
+from .placement_table import PlacementTable
 from .routes import IntArray
 
 
@@ -24,8 +25,8 @@ class PendingExperts:
     answered it. It may be asked of several hosts: they give the same bits, and the first to answer is taken.
 
     Args:
+        table: the placement that it is asked by.
         hidden_states: [T, H]; topk_ids: [T, K], on the CPU; topk_weights: [T, K].
-        all_experts: experts a layer.
 
     Attributes:
         hidden_states, topk_ids, topk_weights: as given, contiguous.
@@ -38,16 +39,14 @@ class PendingExperts:
 
     def __init__(
         self,
+        table: PlacementTable,
         layer: int,
-        epoch: int,
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
-        *,
-        all_experts: int,
     ) -> None:
         self.layer = layer
-        self.epoch = epoch
+        self.epoch = table.epoch
         self.hidden_states = hidden_states.contiguous()
         self.topk_ids, self.topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
         self.experts: IntArray = self.topk_ids.numpy().ravel()
@@ -56,7 +55,7 @@ class PendingExperts:
         self.refused: dict[str, str] = {}
         self._tokens, self._top_k = topk_ids.shape
         self._width = hidden_states.shape[1]
-        self._all_experts = all_experts
+        self._all_experts = table.experts
         self._in_memory = hidden_states.device.type == "cpu"
         self._answers: list[tuple[IntArray, torch.Tensor]] = []
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..configs.errors import ExpertsUnavailableError, QueueFullError, RequestError, RouterLostError
+from ..configs.errors import ExpertsUnavailableError, QueueFullError
 from ..kernels.sampling import NOT_FINITE
 from ..model.compute import Compute
 from ..model.config import ModelConfig
@@ -24,13 +23,11 @@ from .links.base import Link
 from .messages import FinishReason, GenerateRequest, RouterStats, TokenOutput
 from .placement_table import PlacementTable
 from .request_checks import check_request
+from .router_inbox import RouterInbox, Sink
 from .scheduler import Chunk, Scheduler, Sequence
 from .step_tensors import Outcome, forward_batch, outcomes
 
 logger = logging.getLogger("moray.router")
-
-Sink = Callable[[list[TokenOutput]], None]
-"""Where a front's outputs go: called once a step with everything the step produced for that front."""
 
 _IDLE_CHECK_S = 0.2
 """How often an idle router looks whether its expert hosts still live, and late ones have answered."""
@@ -115,18 +112,11 @@ class Router:
                 policy=None if settings.draft_always else DraftWhilePaid(),
             )
         self._sequences: dict[str, tuple[Sequence, Sink]] = {}
-        self._wake = threading.Condition()  # guards the next six
-        self._inbox: deque[tuple[GenerateRequest, Sink] | str] = deque()
-        self._new_links: deque[tuple[str, Link]] = deque()
-        self._new_tables: deque[tuple[PlacementTable, dict[str, Link], threading.Event]] = deque()
-        self._in_flight: set[str] = set()
-        self._stopping = False
-        self._closed: str | None = None
+        self._inbox = RouterInbox()
         self._thread: threading.Thread | None = None
         self._counts = dict.fromkeys(
             ("steps", "prompt", "generated", "finished", "cancelled", "failed", "refused", "turned away"), 0
         )
-        self._waiting_hint = 0
         self._missing_since: float | None = None
 
     # ---- called from any thread -------------------------------------------------------------------------------------
@@ -139,36 +129,20 @@ class Router:
             RouterLostError: the router has stopped.
         """
         check_request(request, vocab_size=self.config.vocab_size, max_context=self.settings.max_context)
-        with self._wake:
-            if self._closed is not None:
-                raise RouterLostError(self._closed)
-            if request.request_id in self._in_flight:
-                raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
-            self._check_room()
-            self._in_flight.add(request.request_id)
-            self._inbox.append((request, sink))
-            self._wake.notify()
+        self._inbox.submit(request, sink, self._check_room)
 
     def cancel(self, request_id: str) -> None:
         """End a request early and free its pages; unknown and finished ones are left alone."""
-        with self._wake:
-            self._inbox.append(request_id)
-            self._wake.notify()
+        self._inbox.cancel(request_id)
 
     def set_link(self, host: str, link: Link) -> None:
         """Use `link` for `host` from the next step on; where there will be none, it is closed."""
-        with self._wake:
-            if not self._stopping:
-                self._new_links.append((host, link))
-                self._wake.notify()
-                return
-        link.close()
+        self._inbox.put_link(host, link)
 
     @property
     def unlinked(self) -> list[str]:
         """Hosts of the placement that there is no link to, and none on its way through `set_link`."""
-        with self._wake:
-            coming = {host for host, _ in self._new_links}
+        coming = self._inbox.linked_hosts
         return [host for host in self.dispatch.unlinked if host not in coming]
 
     def adopt(self, table: PlacementTable, links: Mapping[str, Link]) -> threading.Event:
@@ -176,35 +150,24 @@ class Router:
 
         Where there will be no next step, the links are closed.
         """
-        adopted = threading.Event()
-        with self._wake:
-            if not self._stopping:
-                self._new_tables.append((table, dict(links), adopted))
-                self._wake.notify()
-                return adopted
-        for link in links.values():
-            link.close()
-        return adopted
+        return self._inbox.put_table(table, dict(links))
 
     @property
     def closed(self) -> str | None:
         """Why the router has ended; None while it runs. Set before the requests that are left hear of it."""
-        return self._closed
+        return self._inbox.closed
 
     @property
     def busy(self) -> bool:
         """Whether any request has not ended yet."""
-        with self._wake:
-            return bool(self._in_flight)
+        return bool(self._inbox.in_flight)
 
     @property
     def has_room(self) -> bool:
         """Whether `submit` would take a request now."""
-        with self._wake:
-            return self._queued() < self.settings.max_waiting
+        return self._inbox.waiting < self.settings.max_waiting
 
-    def _check_room(self) -> None:
-        waiting = self._queued()
+    def _check_room(self, waiting: int) -> None:
         wait_s = self.scheduler.wait_s(waiting)
         if waiting >= self.settings.max_waiting:
             problem = f"{waiting} requests are waiting already, the limit is {self.settings.max_waiting}"
@@ -218,16 +181,13 @@ class Router:
             problem, retry_after_s=max(1.0, waiting / self.settings.max_running if wait_s is None else wait_s)
         )
 
-    def _queued(self) -> int:
-        return self._waiting_hint + sum(not isinstance(item, str) for item in self._inbox)
-
     def stats(self) -> RouterStats:
         """Counters and gauges now."""
         counts = dict(self._counts)
         return RouterStats(
             router_id=self.router_id,
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting) + sum(not isinstance(item, str) for item in list(self._inbox)),
+            waiting=len(self.scheduler.waiting) + self._inbox.untaken,
             pages_total=self.pool.total,
             pages_free=self.pool.free,
             pages_cached=self.pool.cached,
@@ -261,9 +221,7 @@ class Router:
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Fail what is still running, close the links, end the thread. Idempotent."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        self._inbox.stop()
         if self._thread is not None:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -271,13 +229,7 @@ class Router:
         else:
             self._shut("the router is shutting down")
         self.dispatch.close()
-        with self._wake:
-            unused = [link for _, link in self._new_links]
-            unused += [link for _, links, _ in self._new_tables for link in links.values()]
-            self._new_links.clear()
-            self._new_tables.clear()
-        for link in unused:
-            link.close()
+        self._inbox.close_links()
 
     # ---- the router's own thread ------------------------------------------------------------------------------------
 
@@ -307,12 +259,10 @@ class Router:
 
     def _loop(self, on_failure: Callable[[], None] | None) -> None:
         try:
-            while not self._stopping:
+            while not self._inbox.stopping:
                 if not self.step():
                     self.dispatch.check()
-                    with self._wake:
-                        if not (self._inbox or self._new_links or self._new_tables or self._stopping):
-                            self._wake.wait(_IDLE_CHECK_S)
+                    self._inbox.wait(_IDLE_CHECK_S)
         except Exception as error:
             # Whatever broke, the requests must hear of it; the process is of no use any more.
             logger.exception("%s: the step loop failed", self.router_id)
@@ -323,24 +273,19 @@ class Router:
             self._shut("the router is shutting down")
 
     def _take_in(self) -> None:
-        with self._wake:
-            items, links, tables = list(self._inbox), list(self._new_links), list(self._new_tables)
-            self._inbox.clear()
-            self._new_links.clear()
-            self._new_tables.clear()
-            self._waiting_hint += sum(not isinstance(item, str) for item in items)
-        for host, link in links:
+        arrivals = self._inbox.take()
+        for host, link in arrivals.links:
             self.dispatch.set_link(host, link)
-        for table, new_links, adopted in tables:
-            self.dispatch.adopt(table, new_links)
+        for table, links, adopted in arrivals.tables:
+            self.dispatch.adopt(table, links)
             adopted.set()
-        for item in items:
+        for item in arrivals.requests:
             if isinstance(item, str):
                 self._finish(item, "cancelled")
             else:
                 request, sink = item
                 self._sequences[request.request_id] = (self.scheduler.add(request), sink)
-        self._waiting_hint = len(self.scheduler.waiting)
+        self._inbox.now_waiting(len(self.scheduler.waiting))
 
     def _turn_away(self) -> None:
         """End what has waited for too long without a token: whoever sent it can try elsewhere, or later."""
@@ -386,7 +331,7 @@ class Router:
                 self._forget(request.request_id)
                 self.scheduler.remove(sequence)
         self._counts["steps"] += 1
-        self._waiting_hint = len(self.scheduler.waiting)
+        self._inbox.now_waiting(len(self.scheduler.waiting))
         for sink, batch in outputs.items():
             sink(batch)
 
@@ -401,9 +346,7 @@ class Router:
             self._end_all(f"{error} (waited {self.settings.restore_timeout_s:.0f} s for them to be restored)")
             self._missing_since = None
         elif self.dispatch.missing or not first:  # else other replicas can take over at once
-            with self._wake:
-                if not self._new_links:
-                    self._wake.wait(_RETRY_PAUSE_S)
+            self._inbox.wait_for_link(_RETRY_PAUSE_S)
 
     def _finish(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
         if request_id not in self._sequences:
@@ -414,14 +357,12 @@ class Router:
         sink([TokenOutput(request_id, finish_reason=reason, error=error)])
 
     def _forget(self, request_id: str) -> tuple[Sequence, Sink]:
-        with self._wake:
-            self._in_flight.discard(request_id)
+        self._inbox.has_ended(request_id)
         return self._sequences.pop(request_id)
 
     def _shut(self, reason: str) -> None:
         """Take no more requests and fail those that are here."""
-        with self._wake:
-            self._closed = self._closed or reason
+        self._inbox.close(reason)
         self._end_all(reason)
 
     def _end_all(self, error: str) -> None:

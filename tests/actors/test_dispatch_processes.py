@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_with_work_in_hand_costs_no_step(
 
     def killed_before(pending: Any) -> torch.Tensor:
         if armed.is_set() and not killed.is_set():
-            has_work = bool(router.dispatch._lines["expert-host-2"].owed)
+            has_work = bool(router.dispatch._hosts.lines["expert-host-2"].owed)
             os.kill(victim, signal.SIGKILL if has_work else signal.SIGCONT)
             if has_work:
                 killed.set()
@@ -145,6 +145,8 @@ def test_a_process_that_is_killed_with_work_in_hand_costs_no_step(
     assert ask(router, parts, "a", after=20, event=armed.set) == undisturbed
     stats = router.stats()
     assert killed.is_set()
-    assert stats.resent_shares > 0
+    assert stats.resent_shares + stats.hedged_shares > 0, (
+        "on a busy machine it may be late before it is seen to be dead"
+    )
     assert tries == stats.steps, "no step was tried again"
     assert (stats.requests_failed, stats.unreachable_experts, stats.fenced_hosts) == (0, 0, 0)

@@ -36,8 +36,9 @@ import uvicorn
 from moray.actors.front.app import create_app
 from moray.actors.front.served_model import ServedModel
 from moray.actors.messages import ClusterStatus, GenerateRequest, RouterStats, TokenOutput
-from moray.actors.router import Router, Sink
+from moray.actors.router import Router
 from moray.actors.router_client import ClusterClient
+from moray.actors.router_inbox import Sink
 from moray.actors.router_server import RouterServer
 
 SECRET = b"only for this benchmark"

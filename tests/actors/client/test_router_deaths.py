@@ -152,7 +152,7 @@ def test_a_connection_that_breaks_is_enough(parts: EngineParts, routers: context
             client._pool.usable[0].lose("cut off")
             await eventually(lambda: [c.outstanding for c in client._pool.usable] == [1])
             await eventually(lambda: client.resubmitted == 1)
-            assert len(served.router._in_flight) == 2, "the old attempt has not been cancelled yet"
+            assert served.router._inbox.in_flight == 2, "the old attempt has not been cancelled yet"
             served.go.set()
             assert await answers == undisturbed(parts, [wanted])
 
@@ -194,7 +194,7 @@ def test_a_router_that_hangs_does_not_keep_a_new_request(
         async with client_of(addresses) as client:
             hangs.go.clear()
             before = asyncio.create_task(ask_all(client, requests[:1]))
-            await eventually(lambda: len(hangs.router._in_flight) == 1)
+            await eventually(lambda: hangs.router._inbox.in_flight == 1)
             monkeypatch.setattr(hangs.router, "submit", lambda *_: thaw.wait(30))
             new = asyncio.create_task(ask_all(client, requests[1:]))
             await eventually(lambda: client._pool.usable[0].outstanding == 2)

@@ -117,13 +117,13 @@ def test_a_full_queue_is_passed_over(parts: EngineParts, routers: contextlib.Exi
             taken: list[asyncio.Task[dict[str, Answer]]] = []
 
             def in_flight() -> int:
-                return sum(len(served.router._in_flight) for served in (small, large))
+                return sum(served.router._inbox.in_flight for served in (small, large))
 
             while small.router.has_room or large.router.has_room:
                 name = f"r{len(taken)}"
                 taken.append(asyncio.create_task(ask_all(client, [request(parts, name)])))
                 await eventually(lambda: in_flight() == len(taken))
-            assert len(small.router._in_flight) < len(large.router._in_flight)
+            assert small.router._inbox.in_flight < large.router._inbox.in_flight
             with pytest.raises(QueueFullError, match="requests are waiting already"):
                 await ask(client, request(parts, "too much"))
             small.go.set()
@@ -147,7 +147,7 @@ def test_an_admitted_request_is_never_refused_for_a_full_queue(
         async with client_of(addresses) as client:
             victim.go.clear()
             answers = asyncio.create_task(ask_all(client, requests))
-            await eventually(lambda: len(victim.router._in_flight) == 4)
+            await eventually(lambda: victim.router._inbox.in_flight == 4)
             addresses["router-1"] = narrow.server.address
             await eventually(lambda: len(client._pool.usable) == 2)
             narrow.go.clear()
@@ -175,9 +175,9 @@ def test_what_waits_for_too_long_is_turned_away(parts: EngineParts, routers: con
         async with client_of(addresses) as client:
             served.go.clear()
             answers = asyncio.create_task(ask_all(client, [request(parts, "first")]))
-            await eventually(lambda: len(served.router._in_flight) == 1)
+            await eventually(lambda: served.router._inbox.in_flight == 1)
             late = asyncio.create_task(ask(client, request(parts, "late")))
-            await eventually(lambda: len(served.router._in_flight) == 2)
+            await eventually(lambda: served.router._inbox.in_flight == 2)
             served.go.set()
             (output,) = await late
             assert (output.token_ids, output.finish_reason) == ([], "error")

@@ -20,7 +20,7 @@ from moray.model.compute import Compute
 
 from .played_hosts import lent, wait_until
 from .real_hosts import router_ends
-from .whole_models import Models, Stuck, after_layer, batch
+from .whole_models import Models, Stuck, after_layer, batch, run_of
 
 BATCH = batch((0, 0, 5), (1, 0, 3))
 """Both hosts are asked in every layer."""
@@ -89,8 +89,7 @@ def be_patient(it: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wait_natively(it: Faulty, microseconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = it.dispatch._run
-    assert run is not None
+    run = run_of(it.dispatch)
     monkeypatch.setattr(native_exchange, "_WAIT_US", microseconds)
     monkeypatch.setattr(layer_run, "_WAIT_US", microseconds)
     run._run.wait_us = microseconds
@@ -98,7 +97,7 @@ def _wait_natively(it: Faulty, microseconds: int, monkeypatch: pytest.MonkeyPatc
 
 def waits_for_first(it: Faulty) -> bool:
     """Whether Python waits for the first host alone."""
-    first, *others = it.dispatch._lines.values()
+    first, *others = it.dispatch._hosts.lines.values()
     return bool(first.owed) and all(line.idle for line in others)
 
 
@@ -112,14 +111,14 @@ def hold_after(it: Faulty, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pass_time(it: Faulty, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once Python waits for the first host alone."""
-    attend, left = it.dispatch._attend, [seconds]
+    attend, left = it.dispatch._receiver.attend, [seconds]
 
     def attend_later() -> None:
         if left and waits_for_first(it):
             it.model.clock.now += left.pop()
         attend()
 
-    monkeypatch.setattr(it.dispatch, "_attend", attend_later)
+    monkeypatch.setattr(it.dispatch._receiver, "attend", attend_later)
 
 
 @contextlib.contextmanager

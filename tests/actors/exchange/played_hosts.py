@@ -52,7 +52,7 @@ def outcome(call: Callable[..., torch.Tensor], *arguments: Any) -> object:
 
 def lent(dispatch: ExpertDispatch) -> list[str]:
     """Hosts whose links are in use."""
-    links: dict[str, Any] = {host: line.link for host, line in dispatch._lines.items()}
+    links: dict[str, Any] = {host: line.link for host, line in dispatch._hosts.lines.items()}
     return [host for host, link in links.items() if link._busy.locked()]
 
 

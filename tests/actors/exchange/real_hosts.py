@@ -129,7 +129,7 @@ class Served:
 
 
 def router_ends(dispatch: ExpertDispatch) -> list[Any]:
-    return [line.link for line in dispatch._lines.values()]
+    return [line.link for line in dispatch._hosts.lines.values()]
 
 
 def host_end(host: ExpertHost) -> Any:

@@ -28,7 +28,7 @@ Act = Callable[[PlayedHost, Frame], None]
 def fate(cluster: PlayedCluster, act: Act, one: Step) -> tuple[object, ...]:
     """What becomes of a layer that the first host answers so, and of the next one."""
     dispatch = cluster.dispatch
-    dispatch._sequence = 100  # which has counted frames, too, that were native and then Python's: errors tell it
+    dispatch._counts.sequence = 100  # which has counted frames, too, that were native and then Python's: errors tell it
     claim = dispatch.start(3, *one)
     assert cluster.exchange is None or cluster.exchange.claim is claim
     act(cluster[0], cluster[0].take())

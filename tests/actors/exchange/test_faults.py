@@ -59,13 +59,14 @@ def aside() -> Iterator[ThreadPoolExecutor]:
 
 def finishing(dispatch: ExpertDispatch, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set when a wait for replies is about to begin."""
-    began, collect = threading.Event(), dispatch._collect_natively
+    collector: Any = dispatch._native or dispatch._receiver
+    began, collect = threading.Event(), collector.collect
 
     def tell(*arguments: Any) -> Any:
         began.set()
         return collect(*arguments)
 
-    monkeypatch.setattr(dispatch, "_collect_natively", tell)
+    monkeypatch.setattr(collector, "collect", tell)
     return began
 
 
@@ -188,7 +189,7 @@ def shorten_native_waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 def waits_for(served: Served, host: int) -> bool:
     """Whether Python waits for this host alone."""
-    lines = [served.dispatch._lines[h.host_id] for h in served.hosts]
+    lines = [served.dispatch._hosts.lines[h.host_id] for h in served.hosts]
     return bool(lines[host].owed) and all(line.idle for line in lines if line is not lines[host])
 
 
@@ -209,14 +210,14 @@ def test_a_host_that_takes_longer_than_a_native_wait(
 
 def pass_time(served: Served, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two looks at all hosts, once Python waits for the first alone."""
-    attend, left = served.dispatch._attend, [seconds]
+    attend, left = served.dispatch._receiver.attend, [seconds]
 
     def attend_later() -> None:
         if left and waits_for(served, 0):
             served.clock.now += left.pop()
         attend()
 
-    monkeypatch.setattr(served.dispatch, "_attend", attend_later)
+    monkeypatch.setattr(served.dispatch._receiver, "attend", attend_later)
 
 
 def test_a_stuck_host_is_hedged(serve: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_a_stuck_host_is_hedged(serve: Make, monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(run(served.dispatch, served.steps[number]), served.wanted[number])
             assert served.counts() == (0, 1, 0)
             assert served.dispatch.late_hosts == ["expert-host-0"]
-    line = served.dispatch._lines["expert-host-0"]
+    line = served.dispatch._hosts.lines["expert-host-0"]
 
     def answered() -> bool:
         served.dispatch.check()
@@ -262,7 +263,7 @@ def test_time_in_which_the_router_was_held_up_does_not_count(
     shorten_native_waits(monkeypatch)
     one = cluster.step()
     claim = cluster.dispatch.start(3, *one)
-    pauses, attend = [300.0], cluster.dispatch._attend
+    pauses, attend = [300.0], cluster.dispatch._receiver.attend
 
     def held_up(wait: Callable[..., object], *arguments: Any, **options: Any) -> object:
         cluster.clock.now += pauses.pop() if pauses else 0.0
@@ -279,7 +280,7 @@ def test_time_in_which_the_router_was_held_up_does_not_count(
         attend()
         cluster.answer_all()
 
-    monkeypatch.setattr(cluster.dispatch, "_attend", go_on)
+    monkeypatch.setattr(cluster.dispatch._receiver, "attend", go_on)
     assert torch.equal(cluster.dispatch.finish(claim), cluster.expected(one))
     assert not pauses
     dispatch = cluster.dispatch

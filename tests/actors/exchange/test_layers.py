@@ -345,10 +345,10 @@ def test_the_same_tokens_with_and_without(parts: EngineParts, monkeypatch: pytes
         if not native:
             monkeypatch.setattr(testing, "native_exchange", lambda: None)
         router = parts.engine(hosts, "shm")
-        exchange = router.dispatch._exchange
-        assert (exchange is not None) == native
+        claims = router.dispatch._native
+        assert (claims is not None) == native
         recorder = testing.run(router, requests)
         found.append([(recorder.tokens(r.request_id), recorder.logprobs(r.request_id)) for r in requests])
-        if exchange is not None:
-            assert exchange.layers >= LAYERS * 4
+        if claims is not None:
+            assert claims.exchange.layers >= LAYERS * 4
     assert found[0] == found[1]

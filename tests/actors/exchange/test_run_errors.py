@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from moray.actors import layer_run_driver
+from moray.actors.pending_experts import PendingExperts
+
 from .faulty_runs import Faulty, be_patient, full_sockets
 from .real_hosts import router_ends
-from .whole_models import after_layer
+from .whole_models import after_layer, run_of
 
 
 class FailsOnce:
@@ -30,25 +33,25 @@ class FailsOnce:
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("name", ["_ask_for", "start", "_asked_for", "finish"])
+@pytest.mark.parametrize("name", ["_ask", "start", "_take_over", "finish"])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_an_error_of_pythons_in_the_middle(
     faulty: Callable[..., Faulty], layer: int, name: str, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody's answers are left over, whoever asked for them."""
     it = faulty()
-    run = it.dispatch._run
-    assert run is not None
+    run = run_of(it.dispatch)
 
     def break_it() -> None:
-        if name in ("_ask_for", "start"):
+        if name in ("_ask", "start"):
             run._described[layer + 1].keys = None
         else:
             run._run.wait_us = 0
-        monkeypatch.setattr(it.dispatch, name, FailsOnce(getattr(it.dispatch, name), 1, after=after))
-        if name not in ("_ask_for", "start"):
+        owner = it.dispatch if name in ("start", "finish") else it.dispatch._driver
+        monkeypatch.setattr(owner, name, FailsOnce(getattr(owner, name), 1, after=after))
+        if name not in ("_ask", "start"):
             it.stuck.begin()
-            monkeypatch.setattr(it.dispatch, "_excuse", lambda seconds: it.stuck.end())
+            monkeypatch.setattr(it.dispatch._hosts, "excuse", lambda seconds: it.stuck.end())
 
     with monkeypatch.context() as patch:
         after_layer(it.model, layer, break_it, patch)
@@ -72,7 +75,7 @@ def test_an_error_when_only_one_host_was_asked(
 
         def break_it() -> None:
             stack.enter_context(full_sockets([router_ends(it.dispatch)[full]]))
-            monkeypatch.setattr(it.dispatch, "_claim", FailsOnce(it.dispatch._claim, 1))
+            monkeypatch.setattr(layer_run_driver, "PendingExperts", FailsOnce(PendingExperts, 1))
 
         after_layer(it.model, 2, break_it, monkeypatch)
         with pytest.raises(MemoryError):
@@ -88,8 +91,7 @@ def test_an_error_around_the_native_call(
 ) -> None:
     """After it a layer may have been asked for natively, and be waited for by nobody."""
     it = faulty()
-    run = it.dispatch._run
-    assert run is not None
+    run = run_of(it.dispatch)
     after_layer(it.model, 2, lambda: None, monkeypatch)
     library = run._library
 

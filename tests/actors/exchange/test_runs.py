@@ -19,7 +19,7 @@ from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
 
 from .real_hosts import router_ends
-from .whole_models import Model, Models, assert_equal, batch, batches, outputs
+from .whole_models import Model, Models, assert_equal, batch, batches, outputs, run_of
 
 Make = Callable[..., Models]
 
@@ -163,7 +163,7 @@ def test_who_is_asked_follows_how_the_hosts_are(models: Make, parts: EngineParts
     first, second, cold = router_ends(whole.dispatch)
     for bad in (False, True, False):
         for model in made.made:
-            line = model.dispatch._lines["expert-host-0"]
+            line = model.dispatch._hosts.lines["expert-host-0"]
             setattr(line, what, bad if what == "late" else model.clock() + 1000 * bad)
             model.warm()
         before = [end._state.sent for end in (first, second, cold)]
@@ -179,8 +179,7 @@ def test_who_is_asked_follows_how_the_hosts_are(models: Make, parts: EngineParts
 def test_what_was_described_once_is_described_again_for_other_routes(models: Make, parts: EngineParts) -> None:
     made = models(3, table=with_cold(parts))
     whole = made.model()
-    run, layers = whole.dispatch._run, whole.transformer._layers
-    assert run is not None
+    run, layers = run_of(whole.dispatch), whole.transformer._layers
     one = batch((0, 0, 3))
     whole.transformer.hidden_states(one)
     routes, described = run._routes, run._described
@@ -188,7 +187,7 @@ def test_what_was_described_once_is_described_again_for_other_routes(models: Mak
     assert run._routes is routes
     assert run._described is described
     assert run._layers is layers
-    whole.dispatch._lines["expert-host-0"].late = True
+    whole.dispatch._hosts.lines["expert-host-0"].late = True
     whole.transformer.hidden_states(one)
     assert run._routes is not routes
     assert [where.first_address for where in routes.values()] == [layer.keys for layer in described[1:]]
@@ -201,7 +200,7 @@ def test_what_was_described_once_is_described_again_for_other_routes(models: Mak
 def test_hosts_tell_how_fast_they_are(models: Make) -> None:
     made = models(2)
     whole = made.model()
-    lines = list(whole.dispatch._lines.values())
+    lines = list(whole.dispatch._hosts.lines.values())
     seen = [line.latency._all.seen for line in lines]
     sums, waited = pairs(whole), whole.dispatch.wait_s
     for number in range(20):
@@ -236,8 +235,7 @@ def test_routers_give_the_same_tokens(drafting: EngineParts, hosts: int, replica
     settings = replace(testing.SETTINGS, draft_tokens=drafts)
     for whole in (True, False):
         router = drafting.engine(hosts, "shm", settings, replicas=replicas)
-        run = router.dispatch._run
-        assert run is not None
+        run = run_of(router.dispatch)
         if not whole:
             router.model._run_layers = None
         recorder = testing.run(router, requests(drafting))

@@ -11,6 +11,7 @@ import torch
 
 from moray.actors.expert_dispatch import ExpertDispatch
 from moray.actors.expert_host import ExpertHost
+from moray.actors.layer_run import LayerRun
 from moray.actors.links import Link
 from moray.actors.pending_experts import PendingExperts
 from moray.actors.placement_table import PlacementTable
@@ -113,7 +114,7 @@ class Model:
 
     def _settled(self) -> bool:
         self.dispatch.check()
-        return all(line.idle for line in self.dispatch._lines.values())
+        return self.dispatch._hosts.idle
 
 
 def outputs(model: Model, some: Sequence[ForwardBatch]) -> list[torch.Tensor]:
@@ -160,10 +161,15 @@ class Models:
             model.dispatch.close()
 
 
+def run_of(dispatch: ExpertDispatch) -> LayerRun:
+    """What takes batches through all layers."""
+    assert dispatch._driver is not None, "a dispatch with an exchange"
+    return dispatch._driver.run
+
+
 def after_layer(model: Model, number: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something between this layer and the next, once: the layer is asked for by Python, the others natively."""
-    run, dispatch, left = model.dispatch._run, model.dispatch, [action]
-    assert run is not None
+    run, dispatch, left = run_of(model.dispatch), model.dispatch, [action]
     describe, finish = run.describe, dispatch.finish
     own: list[tuple[Any, int]] = []
 
