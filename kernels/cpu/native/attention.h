@@ -7,15 +7,7 @@
 #ifndef MORAY_ATTENTION_H
 #define MORAY_ATTENTION_H
 
-namespace {
-constexpr int KEYS = 32;  // positions that are attended to together
-}  // namespace
-
-#if defined(MORAY_ISA_AVX512)
-#include "keys_bf16.h"
-#else
-#include "keys_f32.h"
-#endif
+#include "keys.h"
 
 namespace {
 
@@ -80,7 +72,7 @@ static void attend(const AttentionJob &job, const Piece &piece) {
             mass[r] = 0.0f;
         }
     // So few columns are packed at a time that they stay in the first cache.
-    alignas(64) Packed keys[KEYS * BLOCK], values[KEYS * GROUP * TILE];
+    alignas(64) uint8_t keys[KEYS * BLOCK * sizeof(bf16)], values[KEYS * GROUP * TILE * sizeof(bf16)];
     const Floats scale = all(layer.softmax_scale);
     Ints lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;

@@ -37,9 +37,9 @@ INLINE Floats across(Floats x) {
 // with the rest, so that neither overflows: activations may be as large as 2^71, and what sums lose is below 2^-85.
 constexpr float CODES_BY_ACTIVATION = 0x1p56f, CODES_BY_SCALE = 0x1p64f;
 
-constexpr int32_t BITS_OF_CODE = static_cast<int32_t>(0x87F00000);  // of the upper of two bf16: the others are not to be looked at
+constexpr int32_t BITS_OF_CODE = static_cast<int32_t>(0x87F00000);
 
-// Two of four columns of eight rows' codes, as packed.
+// Two of four columns of eight rows' codes, as packed: pairs of bf16, in each of which the bits of BITS_OF_CODE count alone.
 template <int PAIR>
 INLINE Ints decoded_pair(const uint8_t *at) {
     constexpr int a = 8 * PAIR, b = a + 1, _ = -1;
@@ -50,22 +50,21 @@ INLINE Ints decoded_pair(const uint8_t *at) {
     return (Ints)_mm256_srai_epi16(_mm256_shuffle_epi8(codes, order), 4);
 }
 
-// to[c][r] = rows[r][c] of eight rows and eight columns, `step` floats from one column to the next; a row of NULL is zeros.
-INLINE void transpose_to(float *to, int64_t step, const bf16 *const *rows, int column) {
-    __m256 v[8], w[8];
-    for (int r = 0; r < 8; r++) v[r] = rows[r] ? (__m256)widen_at(rows[r] + column) : _mm256_setzero_ps();
+// Eight vectors of eight words become their columns.
+INLINE void transpose(Ints *v) {
+    __m256 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
-        w[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-        w[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        a[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
     }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
-            v[i + 2 * j] = _mm256_shuffle_ps(w[i + j], w[i + j + 2], 0x44);
-            v[i + 2 * j + 1] = _mm256_shuffle_ps(w[i + j], w[i + j + 2], 0xEE);
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xEE);
         }
     for (int c = 0; c < 4; c++) {
-        _mm256_storeu_ps(to + c * step, _mm256_permute2f128_ps(v[c], v[c + 4], 0x20));
-        _mm256_storeu_ps(to + (c + 4) * step, _mm256_permute2f128_ps(v[c], v[c + 4], 0x31));
+        v[c] = (Ints)_mm256_permute2f128_ps(b[c], b[c + 4], 0x20);
+        v[c + 4] = (Ints)_mm256_permute2f128_ps(b[c], b[c + 4], 0x31);
     }
 }
 

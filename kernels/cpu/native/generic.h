@@ -39,10 +39,14 @@ INLINE Ints decoded_pair(const uint8_t *at) {
     return pair;
 }
 
-// to[c][r] = rows[r][c] of four rows and four columns, `step` floats from one column to the next; a row of NULL is zeros.
-INLINE void transpose_to(float *to, int64_t step, const bf16 *const *rows, int column) {
-    for (int r = 0; r < LANES; r++)
-        for (int c = 0; c < LANES; c++) to[c * step + r] = rows[r] ? widen(rows[r][column + c]) : 0.0f;
+// Four vectors of four words become their columns.
+INLINE void transpose(Ints *v) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            const int32_t one = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = one;
+        }
 }
 
 void prepare() {

@@ -190,5 +190,11 @@ static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind
     }
 }
 
+// totals[r][t][16] += x[r] . tile[t], columns begin to end of x, of tiles of bf16 that were packed just now.
+static void multiply_packed(const bf16 *const *x, int rows, int tiles, const uint8_t *packed, int begin, int end, float *totals,
+                            int64_t row_stride) {
+    multiply_rows<MORAY_BF16>(x, rows, {tiles, packed, 64 * tiles, nullptr, nullptr}, begin, end, totals, row_stride);
+}
+
 }  // namespace
 #endif
