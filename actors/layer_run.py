@@ -69,9 +69,9 @@ class LayerRun:
             described.attention, described.cache, described.mlp = layer.attention, layer.cache, layer.mlp
             described.number = layer.number
             if layer.top_k:
-                where = routes[layer.number]
-                # Among several replicas Python chooses.
-                described.routed, described.keys = 1, where.first_address if where.single else None
+                native_routes = routes[layer.number].native
+                assert native_routes is not None, "as whoever calls has seen"
+                described.routed, described.routes = 1, native_routes
                 described.load = load(layer.number)
         self._run.layers, self._run.count = self._described, len(layers)
 
@@ -102,8 +102,7 @@ class LayerRun:
         exchange, self._lines, self._from = self.exchange, lines, self._run.layer
         self._run.waited_ns = 0
         normed, ids, weights = self._rows(3)
-        where = next(iter(self._routes.values()))
-        exchange.describe(normed, ids, weights, self._lines, where, epoch=self._epoch, sequence=sequence)
+        exchange.describe(normed, ids, weights, self._lines, epoch=self._epoch, sequence=sequence)
         exchange.lend()
         try:
             return bool(self._library.run_layers(self._reference) == Outcome.DONE)

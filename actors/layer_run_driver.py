@@ -79,7 +79,7 @@ class LayerRunDriver:
     def _describe(self, layers: Sequence[CpuLayer]) -> bool:
         """Say where the layers' experts are to be asked for; False if native code could not ask for all of them."""
         routes = self._hosts.routes_of_layers([layer.number for layer in layers if layer.top_k])
-        if not routes or not all(where.complete and where.first_address for where in routes.values()):
+        if not routes or not all(where.complete and where.native is not None for where in routes.values()):
             return False
         self.run.describe(layers, routes, self._counts.address)
         return True

@@ -8,7 +8,6 @@ from .dispatch_counts import DispatchCounts
 from .dispatch_hosts import DispatchHosts
 from .native_exchange import NativeExchange
 from .pending_experts import PendingExperts
-from .replica_choice import choose_replicas
 from .routes import IF_NEED_BE
 
 
@@ -32,15 +31,10 @@ class NativeClaims:
         if not hosts.idle:
             return False  # replies come in order, and those to others are taken in Python
         routes = hosts.routes_of(claim, IF_NEED_BE)
-        if not (routes.complete and routes.first_address):
+        if not routes.complete or routes.native is None:
             return False
-        keys = None
-        if not routes.single:
-            keys = routes.keys[
-                choose_replicas(claim.experts, routes.hosts, routes.count, load=claim.load), claim.experts
-            ]
         counts.sequence = self.exchange.ask(
-            claim, hosts.in_order, routes, keys, sequence=counts.sequence, now=hosts.clock()
+            claim, hosts.in_order, routes.native, sequence=counts.sequence, now=hosts.clock()
         )
         if not self.exchange.all_asked:
             self.settle()

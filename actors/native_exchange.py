@@ -10,16 +10,14 @@ from collections.abc import Iterator, Sequence
 from ctypes import Array, byref, pointer
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..configs.errors import LinkError
 from ..kernels.cpu.library import native
 from .host_line import HostLine
 from .links.base import Link
-from .native_library import ActorsLibrary, Asked, Exchange, Outcome, actors_library
+from .native_library import ActorsLibrary, Asked, Exchange, NativeRoutes, Outcome, actors_library
 from .pending_experts import PendingExperts, Share
-from .routes import LayerRoutes
 
 _WAIT_US = 5000
 """A wait for replies goes on in Python after so long: a host may be late or lost, which is judged there."""
@@ -60,8 +58,7 @@ class NativeExchange:
         self,
         claim: PendingExperts,
         lines: Sequence[HostLine | None],
-        routes: LayerRoutes,
-        keys: npt.NDArray[np.integer] | None,
+        routes: NativeRoutes,
         *,
         sequence: int,
         now: float,
@@ -70,7 +67,6 @@ class NativeExchange:
 
         Args:
             lines: of each host of the routes; None where there is no link.
-            keys: [T * K] in 16 bits, where each pair goes; None: to the first replica.
             sequence: of the last frame before.
             now: on the lines' clock.
 
@@ -82,13 +78,11 @@ class NativeExchange:
             claim.topk_ids,
             claim.topk_weights,
             lines,
-            routes,
             epoch=claim.epoch,
             sequence=sequence,
         )
         x = self.structure
-        x.layer = claim.layer
-        x.keys, x.keys_of_pairs = (routes.first_address, 0) if keys is None else (keys.ctypes.data, 1)
+        x.layer, x.routes = claim.layer, routes
         self.all_asked = False
         if self.lend():
             try:
@@ -105,22 +99,20 @@ class NativeExchange:
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         lines: Sequence[HostLine | None],
-        routes: LayerRoutes,
         *,
         epoch: int,
         sequence: int,
     ) -> None:
-        """Put into `structure` what is to be asked, all but the layer and its keys; see `ask`."""
+        """Put into `structure` what is to be asked, all but the layer and its routes; see `ask`."""
         x, (tokens, top_k) = self.structure, topk_weights.shape
         if len(self._row_of_token) < tokens or len(self._sorted) < tokens * top_k:
             self._make_room(2 * tokens, 2 * tokens * top_k)
         if len(self._asked) != len(lines):
             self._asked = (Asked * len(lines))()
-            x.asked, x.hosts = self._asked, len(lines)
+            x.asked = self._asked
         x.hidden_states, x.experts, x.weights = hidden_states.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr()
         x.tokens, x.hidden, x.top_k = tokens, hidden_states.shape[1], top_k
         x.epoch, x.sequence = epoch, sequence
-        x.all_experts, x.width = len(routes.count), routes.width
         self._lines = lines
 
     @property
@@ -185,7 +177,7 @@ class NativeExchange:
             if line is None or asked.begin == asked.end:
                 continue
             keys, pairs = np.divmod(self._sorted[asked.begin : asked.end].astype(np.int64), 1 << 32)
-            share = Share(line.host, claim, pairs, keys - number * self.structure.width, asked.sequence)
+            share = Share(line.host, claim, pairs, keys - number * self.structure.routes.width, asked.sequence)
             if asked.sent:
                 line.was_sent(share, self._sent_at)
             else:
@@ -221,10 +213,10 @@ class NativeExchange:
 
     def _make_room(self, tokens: int, pairs: int) -> None:
         x = self.structure
-        self._row_of_token = np.empty(tokens, dtype=np.int32)
+        self._row_of_token, self._replicas = np.empty(tokens, dtype=np.int32), np.empty(pairs, dtype=np.int32)
         self._sorted, self._outputs = np.empty((2, pairs), dtype=np.uint64)
         x.row_of_token, x.sorted = self._row_of_token.ctypes.data, self._sorted.ctypes.data
-        x.outputs = self._outputs.ctypes.data
+        x.outputs, x.replicas = self._outputs.ctypes.data, self._replicas.ctypes.data
 
 
 def native_exchange() -> NativeExchange | None:

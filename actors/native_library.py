@@ -81,6 +81,17 @@ class Asked(Structure):
     ]
 
 
+class NativeRoutes(Structure):
+    """`moray_routes`."""
+
+    most: int
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "count")),
+        *((name, c_int32) for name in ("most", "all_experts", "width", "hosts")),
+    ]
+
+
 class Exchange(Structure):
     """`moray_exchange`."""
 
@@ -88,12 +99,11 @@ class Exchange(Structure):
         *((name, c_void_p) for name in ("hidden_states", "experts", "weights")),
         *((name, c_int32) for name in ("tokens", "hidden", "top_k", "layer")),
         ("epoch", c_uint32),
-        *((name, c_int32) for name in ("all_experts", "width", "hosts")),
-        ("keys", c_void_p),
-        *((name, c_int32) for name in ("keys_of_pairs", "spin_rest", "spin_next_rest")),
+        ("routes", NativeRoutes),
+        *((name, c_int32) for name in ("spin_rest", "spin_next_rest")),
         ("sequence", c_uint64),
         ("asked", POINTER(Asked)),
-        *((name, c_void_p) for name in ("sorted", "row_of_token", "outputs", "combine")),
+        *((name, c_void_p) for name in ("replicas", "sorted", "row_of_token", "outputs", "combine")),
     ]
 
 
@@ -103,7 +113,8 @@ class RunLayer(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("attention", "cache", "mlp")),
         *((name, c_int32) for name in ("number", "routed")),
-        *((name, c_void_p) for name in ("keys", "load")),
+        ("routes", NativeRoutes),
+        ("load", c_void_p),
     ]
 
 
@@ -149,6 +160,9 @@ class ActorsLibrary:
         self.serve_experts = declared(
             library, "moray_serve_experts", c_int, POINTER(LinkState), POINTER(Table), c_void_p, c_int32
         )
+        self.choose_replicas = declared(
+            library, "moray_choose_replicas", c_int, c_void_p, c_int32, POINTER(NativeRoutes), c_void_p
+        )  # experts, pairs, routes, replicas
         self.ask_experts = declared(library, "moray_ask_experts", c_int, POINTER(Exchange))
         self.collect_experts = declared(
             library, "moray_collect_experts", c_int, POINTER(Exchange), c_int32, c_void_p, c_void_p

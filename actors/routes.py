@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from .native_library import NativeRoutes
 from .placement_table import EMPTY, PlacementTable
 
 IntArray = npt.NDArray[np.int64]
@@ -25,7 +26,7 @@ class LayerRoutes:
         hosts, slots: [R, E] index of the host of each replica, and its slot there; from `count` on they mean nothing.
         count: [E] replicas that can be asked; 0 for experts that nobody can be asked for.
         keys: [R, E] host * width + slot, so that sorting by it groups by host, then by slot.
-        first_address: of the first replicas' keys, where these are 16 bits; else 0.
+        native: the same for native code, where keys are 16 bits; else None.
         first_keys: [hosts + 1] the least key of each host, and one more than the greatest of the last.
         width: slots that keys have room for, as many for every host.
         complete: whether every expert can be asked for.
@@ -36,7 +37,7 @@ class LayerRoutes:
     slots: IntArray
     count: IntArray
     keys: npt.NDArray[np.integer]
-    first_address: int
+    native: NativeRoutes | None
     first_keys: npt.NDArray[np.integer]
     width: int
     complete: bool
@@ -120,5 +121,9 @@ class Routes:
         count = kept.sum(axis=0)
         keys = (chosen * self._width + slots).astype(self._first_keys.dtype)
         complete, single = bool(count.all()), bool(count.max(initial=0) <= 1)
-        address = keys.ctypes.data if keys.dtype == np.uint16 else 0
-        return LayerRoutes(chosen, slots, count, keys, address, self._first_keys, self._width, complete, single)
+        native = None
+        if keys.dtype == np.uint16:
+            most, experts = keys.shape
+            most = 1 if single else most
+            native = NativeRoutes(keys.ctypes.data, count.ctypes.data, most, experts, self._width, len(self.hosts))
+        return LayerRoutes(chosen, slots, count, keys, native, self._first_keys, self._width, complete, single)

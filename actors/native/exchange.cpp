@@ -17,18 +17,21 @@ int32_t key_of(uint64_t sorted) { return static_cast<int32_t>(sorted >> 32); }
 // Pairs by host, then slot, then number, so that a slot's tokens ascend; false if a key is none of the hosts'.
 bool sort_pairs(moray_exchange &x) {
     const int32_t pairs = x.tokens * x.top_k;
+    const moray_routes &routes = x.routes;
+    const bool several = routes.most > 1;
+    if (several && moray_choose_replicas(x.experts, pairs, &routes, x.replicas) != MORAY_DONE) return false;
     for (int32_t p = 0; p < pairs; p++) {
-        if (x.experts[p] < 0 || x.experts[p] >= x.all_experts) return false;
-        const uint16_t key = x.keys[x.keys_of_pairs ? p : x.experts[p]];
-        if (key / x.width >= x.hosts) return false;
+        if (x.experts[p] < 0 || x.experts[p] >= routes.all_experts) return false;
+        const uint16_t key = routes.keys[(several ? x.replicas[p] : 0) * routes.all_experts + x.experts[p]];
+        if (key / routes.width >= routes.hosts) return false;
         x.sorted[p] = static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(p);
     }
     std::sort(x.sorted, x.sorted + pairs);
     int32_t at = 0;
-    for (int32_t h = 0; h < x.hosts; h++) {
+    for (int32_t h = 0; h < x.routes.hosts; h++) {
         moray_asked &host = x.asked[h];
         host.begin = at;
-        while (at < pairs && key_of(x.sorted[at]) / x.width == h) at++;
+        while (at < pairs && key_of(x.sorted[at]) / x.routes.width == h) at++;
         host.end = at;
     }
     return true;
@@ -97,7 +100,7 @@ Reply look(const moray_exchange &x, moray_asked &host) {
 // Looks at all hosts that have not answered; how many are left, or -1 if one said something else.
 int look_at_all(moray_exchange &x) {
     int left = 0;
-    for (int32_t h = 0; h < x.hosts; h++) {
+    for (int32_t h = 0; h < x.routes.hosts; h++) {
         moray_asked &host = x.asked[h];
         if (!is_asked(host) || host.answered) continue;
         switch (look(x, host)) {
@@ -113,7 +116,7 @@ int look_at_all(moray_exchange &x) {
 void sleep(const moray_exchange &x, int64_t until_ns) {
     pollfd sockets[MOST_HOSTS];
     nfds_t count = 0;
-    for (int32_t h = 0; h < x.hosts; h++)
+    for (int32_t h = 0; h < x.routes.hosts; h++)
         if (is_asked(x.asked[h]) && !x.asked[h].answered) sockets[count++] = {x.asked[h].link->fd, POLLIN | POLLRDHUP, 0};
     const int64_t left_ns = std::max<int64_t>(0, until_ns - now_ns());
     const timespec limit = {left_ns / 1000000000, left_ns % 1000000000};
@@ -144,23 +147,23 @@ extern "C" {
 int moray_ask_experts(moray_exchange *exchange) {
     using namespace moray;
     moray_exchange &x = *exchange;
-    for (int32_t h = 0; h < x.hosts; h++) {
+    for (int32_t h = 0; h < x.routes.hosts; h++) {
         moray_asked &host = x.asked[h];
         host.begin = host.end = host.sent = host.answered = 0;
     }
-    if (x.hosts > MOST_HOSTS || x.tokens <= 0) return MORAY_LEFT;
+    if (x.routes.hosts > MOST_HOSTS || x.tokens <= 0) return MORAY_LEFT;
     if (!sort_pairs(x)) {
-        for (int32_t h = 0; h < x.hosts; h++) x.asked[h].begin = x.asked[h].end = 0;
+        for (int32_t h = 0; h < x.routes.hosts; h++) x.asked[h].begin = x.asked[h].end = 0;
         return MORAY_LEFT;
     }
-    for (int32_t h = 0; h < x.hosts; h++) {
+    for (int32_t h = 0; h < x.routes.hosts; h++) {
         moray_asked &host = x.asked[h];
         if (!is_asked(host)) continue;
         host.sequence = ++x.sequence;
-        if (!host.link || !write(x, host, h * x.width)) return MORAY_LEFT;
+        if (!host.link || !write(x, host, h * x.routes.width)) return MORAY_LEFT;
     }
     bool all = true;
-    for (int32_t h = 0; h < x.hosts; h++) {
+    for (int32_t h = 0; h < x.routes.hosts; h++) {
         moray_asked &host = x.asked[h];
         if (!is_asked(host)) continue;
         host.sent_ns = now_ns();
@@ -173,12 +176,12 @@ int moray_ask_experts(moray_exchange *exchange) {
 int moray_collect_experts(moray_exchange *exchange, int32_t microseconds, float *out, int64_t *load) {
     using namespace moray;
     moray_exchange &x = *exchange;
-    for (int32_t h = 0; h < x.hosts; h++)
+    for (int32_t h = 0; h < x.routes.hosts; h++)
         if (is_asked(x.asked[h]) && !(x.asked[h].link && release_received(*x.asked[h].link))) return MORAY_LEFT;
     const int left = wait_for_all(x, now_ns() + microseconds * 1000LL);
     if (left) return left < 0 ? MORAY_LEFT : MORAY_QUIET;
 
-    for (int32_t h = 0; h < x.hosts; h++) {
+    for (int32_t h = 0; h < x.routes.hosts; h++) {
         const moray_asked &host = x.asked[h];
         if (!is_asked(host)) continue;
         const Work work = work_of(x, host);
@@ -187,7 +190,7 @@ int moray_collect_experts(moray_exchange *exchange, int32_t microseconds, float 
             x.outputs[pair_of(x.sorted[i])] = reinterpret_cast<const uint16_t *>(reply);
     }
     x.combine(x.outputs, x.weights, x.tokens, x.top_k, x.hidden, out);
-    for (int32_t h = 0; h < x.hosts; h++)
+    for (int32_t h = 0; h < x.routes.hosts; h++)
         // A socket that gives its packet no more is one that was shut down meanwhile, and the next operation will say so.
         if (is_asked(x.asked[h])) take(*x.asked[h].link, DONE_BYTES);
     for (int32_t p = 0; p < x.tokens * x.top_k; p++)

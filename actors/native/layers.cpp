@@ -8,12 +8,11 @@ namespace {
 bool ask(moray_run &run, const moray_run_layer &layer) {
     moray_exchange &x = *run.exchange;
     x.layer = layer.number;
-    x.keys = layer.keys;
-    x.keys_of_pairs = 0;
+    x.routes = layer.routes;
     run.last_wait_ns = 0;
-    if (!layer.keys || run.leave_asking) return false;
+    if (!layer.routes.keys || run.leave_asking) return false;
     const bool all = moray_ask_experts(&x) == MORAY_DONE;
-    for (int32_t h = 0; h < x.hosts; h++) run.asked |= x.asked[h].sent;
+    for (int32_t h = 0; h < x.routes.hosts; h++) run.asked |= x.asked[h].sent;
     return all;
 }
 
@@ -26,8 +25,9 @@ bool collect(moray_run &run, const moray_run_layer &layer) {
     run.waited_ns += run.last_wait_ns;
     if (outcome != MORAY_DONE) return false;
     run.asked = 0;
-    for (int32_t h = 0; h < x.hosts; h++)
-        if (x.asked[h].sent) run.answered[run.layer * x.hosts + h] = {x.asked[h].end - x.asked[h].begin, x.asked[h].answer_ns};
+    moray_answered *answered = run.answered + run.layer * x.routes.hosts;
+    for (int32_t h = 0; h < x.routes.hosts; h++)
+        if (x.asked[h].sent) answered[h] = {x.asked[h].end - x.asked[h].begin, x.asked[h].answer_ns};
     return true;
 }
 

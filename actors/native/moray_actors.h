@@ -2,8 +2,8 @@
 // no interpreter in the way.
 //
 // What is ordinary is done here; everything else is left where it is, untouched, for the Python code that this mirrors
-// (actors/links/shm.py, actors/links/wire.py, actors/moe_frames.py, actors/expert_dispatch.py, actors/expert_host.py): it
-// decides, and words every error.
+// (actors/links/shm.py, actors/links/wire.py, actors/moe_frames.py, actors/asking.py, actors/receiving.py,
+// actors/expert_host.py): it decides, and words every error.
 #ifndef MORAY_ACTORS_H
 #define MORAY_ACTORS_H
 
@@ -90,6 +90,18 @@ typedef struct {
     uint8_t packet[MORAY_PACKET_BYTES];  // room
 } moray_asked;
 
+// Where one layer's experts can be asked for.
+typedef struct {
+    const uint16_t *keys;   // [most, all_experts] host * width + slot of each expert's replicas; NULL: the caller asks for them
+    const int64_t *count;   // [all_experts] replicas of each, those that come first in `keys`; at least 1 where one is wanted
+    int32_t most;           // 1: there is nothing to choose
+    int32_t all_experts, width, hosts;
+} moray_routes;
+
+// Which replica each pair goes to, given its expert, so that the hosts' pairs come out even. MORAY_DONE; MORAY_LEFT if an expert
+// is none, or has no replica on one of the hosts.
+int moray_choose_replicas(const int64_t *experts, int32_t pairs, const moray_routes *routes, int32_t *replicas);
+
 // One layer's pairs on their way through the hosts, each of a token and one of its experts; [pairs] is [tokens, top_k]. The
 // caller keeps everything where it is from the asking until the answers are there.
 typedef struct {
@@ -99,20 +111,18 @@ typedef struct {
     int32_t tokens, hidden, top_k;
     int32_t layer;
     uint32_t epoch;
-    int32_t all_experts, width;     // keys are host * width + slot
-    int32_t hosts;
-    const uint16_t *keys;           // where each pair goes: [all_experts], or [pairs] if `keys_of_pairs`
-    int32_t keys_of_pairs;
+    moray_routes routes;
     int32_t spin_rest, spin_next_rest;  // of waits for all hosts
     uint64_t sequence;              // of the last frame that asked anybody
-    moray_asked *asked;             // [hosts]
+    moray_asked *asked;             // [hosts] of the routes
+    int32_t *replicas;              // [pairs], room: which one each goes to
     uint64_t *sorted;               // [pairs], room: by key, then number: key << 32 | number
     int32_t *row_of_token;          // [tokens], room
     const uint16_t **outputs;       // [pairs], room
     moray_combine_function combine;
 } moray_exchange;
 
-// Ask every host for the pairs whose keys are its own. MORAY_DONE, or MORAY_LEFT if that cannot be done, and then nobody is
+// Ask the hosts for all pairs, as the routes say. MORAY_DONE, or MORAY_LEFT if that cannot be done, and then nobody is
 // asked; but for sockets that take nothing, of hosts that are found not to be `sent` their frames.
 int moray_ask_experts(moray_exchange *exchange);
 
@@ -134,7 +144,7 @@ typedef struct {
     const void *mlp;        // moray_mlp: shared expert or dense MLP; NULL: none
     int32_t number;
     int32_t routed;         // whether it has routed experts
-    const uint16_t *keys;   // of `moray_exchange`, for each expert; NULL: the caller chooses
+    moray_routes routes;
     int64_t *load;          // of moray_collect_experts
 } moray_run_layer;
 
@@ -158,7 +168,7 @@ typedef struct {
     int64_t *experts;          // [tokens, top_k], room, as the next three
     float *weights;            // [tokens, top_k]
     float *shared, *routed;    // [tokens, hidden]
-    moray_exchange *exchange;  // of these tokens and this room; layer and keys are set here
+    moray_exchange *exchange;  // of these tokens and this room; layer and routes are set here
     int32_t wait_us;           // for the hosts of a layer
     int32_t leave_asking;      // whether all experts are for the caller to ask for
     int64_t waited_ns;         // in all

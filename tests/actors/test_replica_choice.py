@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moray.actors.native_library import NativeRoutes, Outcome, actors_library
 from moray.actors.replica_choice import choose_replicas, pour
 from moray.actors.routes import IntArray
 from moray.cluster.shared_load import shared_load
@@ -55,6 +56,68 @@ def test_any_step(step: tuple[IntArray, IntArray, list[list[int]], int]) -> None
     busy = pairs_per_host(choice, experts, hosts, n)
     if busy:
         assert max(busy) <= max(pairs_per_host(rows % count[experts], experts, hosts, n)) + 1
+
+
+WIDTH = 3
+"""Slots that keys have room for; which one a key names is none of the choice's business."""
+
+
+def native_choice(experts: IntArray, hosts: IntArray, count: IntArray, n: int) -> IntArray | None:
+    """The choice of native code; None if it leaves it to others."""
+    library = actors_library()
+    assert library is not None, "the package was installed without its native actors: is there a C++ compiler?"
+    slots = np.arange(hosts.size).reshape(hosts.shape) % WIDTH
+    keys = (hosts * WIDTH + slots).astype(np.uint16)
+    routes = NativeRoutes(keys.ctypes.data, count.ctypes.data, *hosts.shape, WIDTH, n)
+    choice = np.full(len(experts) + 1, 77, dtype=np.int32)
+    outcome = library.choose_replicas(experts.ctypes.data, len(experts), routes, choice.ctypes.data)
+    assert choice[-1] == 77, "nothing is written past the end"
+    if outcome == Outcome.LEFT:
+        return None
+    assert outcome == Outcome.DONE
+    return choice[:-1].astype(np.int64)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(some=st.lists(steps(), min_size=1, max_size=3))
+def test_native_code_chooses_the_same(some: list[tuple[IntArray, IntArray, list[list[int]], int]]) -> None:
+    """Step after step, of more and of fewer experts and hosts: nothing is left of the one before."""
+    for experts, _, replicas, n in some:
+        hosts, count = tables(replicas)
+        found = native_choice(experts, hosts, count, n)
+        assert found is not None
+        assert np.array_equal(found, choose_replicas(experts, hosts, count))
+
+
+def test_native_code_chooses_the_same_for_the_experts_of_r1() -> None:
+    """256 of them, hot ones on many of 32 hosts, and others on one."""
+    generator = np.random.default_rng(1)
+    count = np.minimum(generator.zipf(1.5, 256), 9)
+    hosts = np.stack([generator.permutation(32)[:9] for _ in range(256)], axis=1)
+    likely = np.minimum(generator.zipf(1.3, 256), 50).astype(np.float64)
+    for tokens in (1, 7, 64, 512):
+        rows = [generator.choice(256, 8, replace=False, p=likely / likely.sum()) for _ in range(tokens)]
+        experts = np.concatenate(rows).astype(np.int64)
+        found = native_choice(experts, hosts, count, 32)
+        assert found is not None
+        assert np.array_equal(found, choose_replicas(experts, hosts, count))
+
+
+@pytest.mark.parametrize("experts", [[0, 3], [-1, 0], [1 << 40, 0], [2, 0]])
+def test_native_code_leaves_what_nobody_can_be_asked_for(experts: list[int]) -> None:
+    """An expert that does not exist, and one that has no replica."""
+    hosts, count = np.array([[0, 1, 0], [1, 0, 0]]), np.array([2, 1, 0])
+    assert native_choice(np.array(experts), hosts, count, 2) is None
+
+
+def test_native_code_leaves_hosts_that_do_not_exist() -> None:
+    hosts, count = np.array([[0, 1], [2, 0]]), np.array([2, 1])
+    assert native_choice(np.array([0, 1]), hosts, count, 2) is None
+    assert native_choice(np.array([1]), hosts, count, 2) is not None, "nobody asks for the other one"
+
+
+def test_native_code_leaves_more_replicas_than_there_are() -> None:
+    assert native_choice(np.array([0]), np.array([[0], [1]]), np.array([3]), 2) is None
 
 
 def test_what_nobody_can_be_asked_for_may_be_left_out() -> None:

@@ -44,7 +44,7 @@ def test_an_error_of_pythons_in_the_middle(
 
     def break_it() -> None:
         if name in ("_ask", "start"):
-            run._described[layer + 1].keys = None
+            run._described[layer + 1].routes.keys = None
         else:
             run._run.wait_us = 0
         owner = it.dispatch if name in ("start", "finish") else it.dispatch._driver

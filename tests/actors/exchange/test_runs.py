@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -69,6 +70,20 @@ def test_the_bits_are_those_of_layers_one_by_one(models: Make, hosts: int, repli
     assert whole.ran == [True] * calls
     assert whole.layers - before == calls * whole.routed
     assert_same_accounts(whole, single, python)
+
+
+def test_where_experts_have_several_replicas_native_code_chooses(models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = models(3, replicas=2)
+    whole, python = made.model(), made.model(native=False, whole=False)
+    whole.warm()
+    python.warm()
+
+    def never(*_: object) -> NoReturn:
+        raise AssertionError("nothing is left to Python")
+
+    monkeypatch.setattr(whole.dispatch, "start", never)
+    assert_equal(outputs(whole, batches()), outputs(python, batches()))
+    assert pairs(whole) == pairs(python), "and the same ones"
 
 
 def test_no_shared_experts_and_several_dense_layers(tmp_path: Path) -> None:
@@ -190,8 +205,9 @@ def test_what_was_described_once_is_described_again_for_other_routes(models: Mak
     whole.dispatch._hosts.lines["expert-host-0"].late = True
     whole.transformer.hidden_states(one)
     assert run._routes is not routes
-    assert [where.first_address for where in routes.values()] == [layer.keys for layer in described[1:]]
-    assert [where.first_address for where in run._routes.values()] == [layer.keys for layer in run._described[1:]]
+    for mapping, table in ((routes, described), (run._routes, run._described)):
+        keys = [layer.routes.keys for layer in table[1:]]
+        assert keys == [where.keys.ctypes.data for where in mapping.values()]
 
 
 # ---- accounts ------------------------------------------------------------------------------------------------------------

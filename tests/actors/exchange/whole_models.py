@@ -176,15 +176,15 @@ def after_layer(model: Model, number: int, action: Callable[[], object], monkeyp
     def leave_one(*arguments: Any) -> None:
         describe(*arguments)
         for described in run._described:
-            if described.number == number and left and described.keys:
-                own.append((described, described.keys))
-                described.keys = None
+            if described.number == number and left and described.routes.keys:
+                own.append((described.routes, described.routes.keys))
+                described.routes.keys = None
 
     def finish_and_act(claim: PendingExperts) -> torch.Tensor:
         found = finish(claim)
         if claim.layer == number and left:
-            for described, keys in own:
-                described.keys = keys
+            for routes, keys in own:
+                routes.keys = keys
             left.pop()()
         return found
 
