@@ -118,6 +118,9 @@ class Router:
             ("steps", "prompt", "generated", "finished", "cancelled", "failed", "refused", "turned away"), 0
         )
         self._missing_since: float | None = None
+        self._step_ended: float | None = (
+            None  # of the step before, where there was one: time after it is of the next one
+        )
 
     # ---- called from any thread -------------------------------------------------------------------------------------
 
@@ -235,7 +238,8 @@ class Router:
 
     def step(self) -> bool:
         """Take in what has arrived and run one step; False if there was nothing to run."""
-        started = time.perf_counter()
+        began = time.perf_counter() if self._step_ended is None else self._step_ended
+        self._step_ended = None
         self._take_in()
         self._turn_away()
         chunks = self.scheduler.schedule()
@@ -254,7 +258,8 @@ class Router:
         self._postprocess(chunks, found)
         if self._drafter is not None:  # once the tokens are on their way
             self._drafter.after_step(chunks, found, batch.segments, hidden_states, started=started)
-        self.scheduler.took(chunks, time.perf_counter() - started)
+        self._step_ended = time.perf_counter()
+        self.scheduler.took(chunks, self._step_ended - began)
         return True
 
     def _loop(self, on_failure: Callable[[], None] | None) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,23 @@ def test_what_has_waited_for_too_long_is_turned_away(parts: EngineParts) -> None
     assert len(recorder.tokens("first")) == 8
     stats = router.stats()
     assert (stats.requests_finished, stats.requests_failed, stats.requests_refused) == (1, 0, 1)
+
+
+def test_time_between_two_steps_is_time_that_requests_wait(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one would be turned away after its client was told that there is an answer. Idle time is nobody's."""
+    router, recorder, now = parts.engine(settings=SETTINGS), Recorder(), [0.0]
+    clock = SimpleNamespace(**vars(time) | {"perf_counter": lambda: now[0]})  # steps take no time
+    monkeypatch.setattr("moray.actors.router.time", clock)
+    took: list[float] = []
+    monkeypatch.setattr(router.scheduler, "took", lambda _, seconds: took.append(seconds))
+    for name in ("a", "b"):
+        router.submit(request(parts, name), recorder)
+        while router.step():
+            now[0] += 5.0
+        assert len(took) > 2
+        assert took == [0.0] + [5.0] * (len(took) - 1)
+        took.clear()
+        now[0] += 1000.0
 
 
 def test_answers_that_have_begun_are_not_turned_away(parts: EngineParts) -> None:
