@@ -43,13 +43,17 @@ class StepPace:
         """A step with so many decoding sequences and prompt tokens took `seconds`."""
         more_decoding, more_prompt = decoding / _DECODING_UNIT, prompt_tokens / _PROMPT_UNIT
         expected = self._step + self._decoding * more_decoding + self._prompt * more_prompt
+        # Of a prompt alone a step takes so long for the prompt: what its time varies by would be several answers' worth.
+        itself = 1.0 if decoding or not self._steps else 0.0
+        if not itself and not more_prompt:
+            return
         follows = _FOLLOWS
         if not self._steps:
             follows = 1.0
         else:
             seconds = min(seconds, 2 * expected)  # what held a step up longer than that is not its size
-        gain = follows * (seconds - expected) / (1.0 + more_decoding**2 + more_prompt**2)
-        self._step = max(0.0, self._step + gain)
+        gain = follows * (seconds - expected) / (itself + more_decoding**2 + more_prompt**2)
+        self._step = max(0.0, self._step + itself * gain)
         self._decoding = max(0.0, self._decoding + gain * more_decoding)
         self._prompt = max(0.0, self._prompt + gain * more_prompt)
         self._most_decoding = max(self._most_decoding, decoding)
@@ -69,9 +73,9 @@ class StepPace:
         return max(_LEAST_PROMPT_TOKENS, int(_PROMPT_UNIT * room_s / self._prompt))
 
     def sequences(self) -> int:
-        """How many sequences may decode at once; at least 1, and at most about twice as many as ever did: what so many more
-        cost is not known."""
-        known = 2 * self._most_decoding + 2
+        """How many sequences may decode at once; at least 1, and at most one more than ever did: what more cost is not known,
+        and each that is let in stays until its answer ends."""
+        known = self._most_decoding + 1
         room_s = _DECODING_SHARE * _AIM * self.target_s - self._step
         if room_s <= 0:
             return 1

@@ -49,9 +49,20 @@ def test_there_is_always_room_for_one_and_a_few_tokens() -> None:
 def test_nothing_is_bounded_by_what_is_not_known() -> None:
     pace = StepPace(0.1)
     assert pace.prompt_tokens(1) is None
-    assert pace.sequences() == 2
+    assert pace.sequences() == 1
     pace.observe(2, 0, 0.01)
-    assert pace.sequences() == 6, "nobody knows yet what twice as many cost, or four times"
+    assert pace.sequences() == 3, "nobody knows yet what more cost"
+
+
+@pytest.mark.parametrize("one", [0.0155, 0.018])
+def test_where_a_target_has_room_for_one_answer_no_second_one_is_let_in(one: float) -> None:
+    """Prompts take 15 times as long as a step of one, and vary by more than another sequence would cost."""
+    draw, pace = random.Random(0), StepPace(0.026)
+    for answer in range(300):
+        pace.observe(0, 64, 0.27 * (1 + 0.1 * abs(draw.gauss(0, 1))))
+        for _ in range(64):
+            pace.observe(1, 0, one * (1 + 0.08 * abs(draw.gauss(0, 1))))
+            assert answer < 3 or pace.sequences() == 1, answer
 
 
 def test_under_overload_steps_stay_below_the_target_and_it_is_used() -> None:
