@@ -56,7 +56,9 @@ def test_a_restored_router_is_found_at_its_new_address(parts: EngineParts, monke
             moved = await asyncio.to_thread(Served, parts)
             addresses["router-1"] = moved.server.address
             await eventually(lambda: bool(client._pool.usable))
-            assert await ask_all(client, [request(parts)]) == undisturbed(parts, [request(parts)])
+            assert await ask_all(client, [request(parts)]) == await asyncio.to_thread(
+                undisturbed, parts, [request(parts)]
+            )
             assert (await client.status()).health == "degraded"
 
     in_loop(test)
@@ -72,7 +74,7 @@ def test_a_router_that_is_added_is_used(parts: EngineParts, routers: contextlib.
             addresses["router-1"] = second.server.address
             await eventually(lambda: len(client._pool.usable) == 2)
             requests = [request(parts, f"r{i}", seed=i) for i in range(4)]
-            assert await ask_all(client, requests) == undisturbed(parts, requests)
+            assert await ask_all(client, requests) == await asyncio.to_thread(undisturbed, parts, requests)
 
     in_loop(test)
     assert [served.router.stats().requests_finished for served in (first, second)] == [2, 2]
@@ -94,11 +96,11 @@ def test_a_router_that_leaves_ends_what_it_has(
             del addresses["router-0"]
             await eventually(lambda: connection.leaving)
             new = [request(parts, f"new{i}", seed=i) for i in range(3)]
-            assert await ask_all(client, new) == undisturbed(parts, new)
+            assert await ask_all(client, new) == await asyncio.to_thread(undisturbed, parts, new)
             assert stays.router.stats().requests_finished == 3
             assert [r.running for r in (await client.status()).routers] == [0, 1], "its counters go on to be shown"
             leaves.go.set()
-            assert await answers == undisturbed(parts, [wanted])
+            assert await answers == await asyncio.to_thread(undisturbed, parts, [wanted])
             await eventually(lambda: connection.lost == "closed")
             assert client.resubmitted == 0
             status = await client.status()
@@ -126,7 +128,7 @@ def test_a_router_that_ends_before_its_requests_hands_them_on(
             del addresses["router-0"]
             await eventually(lambda: len(client._pool.usable) == 1)
             await asyncio.to_thread(leaves.close)
-            assert await answers == undisturbed(parts, [wanted])
+            assert await answers == await asyncio.to_thread(undisturbed, parts, [wanted])
             assert client.resubmitted == 1
             assert (await client.status()).health == "ok", "it is not missed"
 
@@ -150,7 +152,7 @@ def test_a_router_that_stays_after_all_keeps_its_connection(parts: EngineParts, 
                 await eventually(lambda: connection.leaving == leaving)  # noqa: B023
             assert connection in client._pool.usable
             served.go.set()
-            assert await answers == undisturbed(parts, [request(parts)])
+            assert await answers == await asyncio.to_thread(undisturbed, parts, [request(parts)])
 
     in_loop(test)
 
@@ -181,12 +183,16 @@ def test_without_an_answer_the_known_routers_go_on_being_used(
             client._pool.usable[0].lose("cut off")
             asked = controller.asked
             await eventually(lambda: bool(client._pool.usable))
-            assert await ask_all(client, [request(parts)]) == undisturbed(parts, [request(parts)])
+            assert await ask_all(client, [request(parts)]) == await asyncio.to_thread(
+                undisturbed, parts, [request(parts)]
+            )
             await eventually(lambda: controller.asked > asked + 3)
             controller.away = False
             addresses["router-0"] = served.server.address
             await eventually(lambda: logged("directory_answered") == 1)
-            assert await ask_all(client, [request(parts)]) == undisturbed(parts, [request(parts)])
+            assert await ask_all(client, [request(parts)]) == await asyncio.to_thread(
+                undisturbed, parts, [request(parts)]
+            )
 
     in_loop(test)
     assert (logged("directory_unanswered"), logged("directory_answered")) == (1, 1)

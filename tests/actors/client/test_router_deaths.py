@@ -98,7 +98,7 @@ def test_a_request_outlives_several_routers(parts: EngineParts, routers: context
             answers = asyncio.create_task(ask_all(client, [wanted]))
             await eventually(lambda: client._homeless == 1)
             addresses["router-1"] = (await asyncio.to_thread(start, routers, parts)).server.address
-            assert await answers == undisturbed(parts, [wanted])
+            assert await answers == await asyncio.to_thread(undisturbed, parts, [wanted])
             assert client.resubmitted == 3
 
     in_loop(test)
@@ -154,7 +154,7 @@ def test_a_connection_that_breaks_is_enough(parts: EngineParts, routers: context
             await eventually(lambda: client.resubmitted == 1)
             assert served.router._inbox.in_flight == 2, "the old attempt has not been cancelled yet"
             served.go.set()
-            assert await answers == undisturbed(parts, [wanted])
+            assert await answers == await asyncio.to_thread(undisturbed, parts, [wanted])
 
     in_loop(test)
     stats = served.router.stats()
@@ -200,7 +200,7 @@ def test_a_router_that_hangs_does_not_keep_a_new_request(
             await eventually(lambda: client._pool.usable[0].outstanding == 2)
             addresses["router-1"] = well.server.address
             await eventually(lambda: len(client._pool.usable) == 2)
-            assert {**await before, **await new} == undisturbed(parts, requests)
+            assert {**await before, **await new} == await asyncio.to_thread(undisturbed, parts, requests)
             assert well.router.stats().requests_finished == 2
 
     try:

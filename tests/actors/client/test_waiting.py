@@ -77,7 +77,9 @@ def test_a_request_cancelled_in_the_gap_is_not_submitted_again(
             restored = await asyncio.to_thread(start, routers, parts)
             addresses["router-0"] = restored.server.address
             await eventually(lambda: bool(client._pool.usable))
-            assert await ask_all(client, [request(parts)]) == undisturbed(parts, [request(parts)])
+            assert await ask_all(client, [request(parts)]) == await asyncio.to_thread(
+                undisturbed, parts, [request(parts)]
+            )
             assert client.resubmitted == 0
             stats = restored.router.stats()
             assert (stats.requests_finished, stats.requests_cancelled) == (1, 0)
@@ -129,7 +131,7 @@ def test_a_full_queue_is_passed_over(parts: EngineParts, routers: contextlib.Exi
             small.go.set()
             large.go.set()
             for number, answers in enumerate(taken):
-                assert await answers == undisturbed(parts, [request(parts, f"r{number}")])
+                assert await answers == await asyncio.to_thread(undisturbed, parts, [request(parts, f"r{number}")])
 
     in_loop(test)
 
@@ -158,8 +160,8 @@ def test_an_admitted_request_is_never_refused_for_a_full_queue(
             with pytest.raises(QueueFullError, match="requests of a lost router are waiting for room"):
                 await ask(client, request(parts, "new"))
             narrow.go.set()
-            assert await answers == undisturbed(parts, requests)
-            assert await full == undisturbed(parts, [request(parts, "first")])
+            assert await answers == await asyncio.to_thread(undisturbed, parts, requests)
+            assert await full == await asyncio.to_thread(undisturbed, parts, [request(parts, "first")])
             assert client.resubmitted == 4
             assert client._crowded_out == 0
 
@@ -182,7 +184,7 @@ def test_what_waits_for_too_long_is_turned_away(parts: EngineParts, routers: con
             (output,) = await late
             assert (output.token_ids, output.finish_reason) == ([], "error")
             assert output.retry_after_s is not None
-            assert await answers == undisturbed(parts, [request(parts, "first")])
+            assert await answers == await asyncio.to_thread(undisturbed, parts, [request(parts, "first")])
 
     in_loop(test)
 
