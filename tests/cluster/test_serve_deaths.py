@@ -136,5 +136,10 @@ def test_a_controller_is_started_again(gloo_server: Serve, undisturbed: list[int
         after = processes()
         del after["controller"]
         assert after == before
-        assert "took_over" in [event["what"] for event in gloo_server.status(key=KEY)["events"]]
+
+        def events() -> list[str]:
+            return [event["what"] for event in gloo_server.status(key=KEY)["events"]]
+
+        # It has what it took over before it tells of it.
+        eventually(lambda: "took_over" in events(), "the new controller tells that it took over")
         assert stream_ids(client, PROMPT, TOKENS, []) == undisturbed
