@@ -145,8 +145,6 @@ def test_a_process_that_is_killed_with_work_in_hand_costs_no_step(
     assert ask(router, parts, "a", after=20, event=armed.set) == undisturbed
     stats = router.stats()
     assert killed.is_set()
-    assert stats.resent_shares + stats.hedged_shares > 0, (
-        "on a busy machine it may be late before it is seen to be dead"
-    )
+    assert stats.resent_shares > 0
     assert tries == stats.steps, "no step was tried again"
     assert (stats.requests_failed, stats.unreachable_experts, stats.fenced_hosts) == (0, 0, 0)
