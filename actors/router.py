@@ -118,9 +118,7 @@ class Router:
             ("steps", "prompt", "generated", "finished", "cancelled", "failed", "refused", "turned away"), 0
         )
         self._missing_since: float | None = None
-        self._step_ended: float | None = (
-            None  # of the step before, where there was one: time after it is of the next one
-        )
+        self._step_ended: float | None = None  # where the last turn was a step: time after it is the next one's
 
     # ---- called from any thread -------------------------------------------------------------------------------------
 

@@ -15,26 +15,15 @@
 #include "vector.h"
 
 namespace {
-namespace sampling {  // has vectors, rows and blocks of its own
+namespace sampling {  // has rows and blocks of its own
 
-// Vectors as wide as the registers: compilers take comparisons of wider ones apart, lane by lane (6 times as long with AVX2).
-#if defined(MORAY_ISA_AVX512)
-constexpr int LANES = 16;
-#elif defined(MORAY_ISA_AVX2)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Logits __attribute__((vector_size(4 * LANES)));
-typedef float LooseLogits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Marks __attribute__((vector_size(4 * LANES)));  // of a comparison: all bits or none; and whole numbers
+typedef Floats Logits;
+typedef Ints Marks;  // of a comparison: all bits or none; and whole numbers
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef double Doubles __attribute__((vector_size(4 * LANES)));
 typedef int64_t Longs __attribute__((vector_size(4 * LANES)));
 typedef float LooseHalf __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
 
-INLINE Logits logits_at(const float *at) { return *reinterpret_cast<const LooseLogits *>(at); }
-INLINE Logits each(float x) { return x - (Logits){}; }
 INLINE Doubles each_of_half(double x) { return x - (Doubles){}; }
 
 INLINE bool any(Marks marks) {
@@ -146,10 +135,10 @@ INLINE bool survey(Row &row) {
     row.whole_blocks = row.width - row.width % BLOCK;
     for (int i = 0; i < BLOCK; i++)
         row.tail[i] = row.whole_blocks + i < row.width ? row.logits[row.whole_blocks + i] : -INFINITY;
-    Logits largest = each(-INFINITY), smallest = each(INFINITY);
+    Logits largest = all(-INFINITY), smallest = all(INFINITY);
     Marks bad = {};
     over<LANES>(row, [&](int32_t, const float *at) __attribute__((always_inline)) {
-        const Logits x = logits_at(at), finite = x == each(-INFINITY) ? each(INFINITY) : x;
+        const Logits x = load(at), finite = x == all(-INFINITY) ? all(INFINITY) : x;
         bad |= x != x;
         largest = x > largest ? x : largest;
         smallest = finite < smallest ? finite : smallest;
@@ -166,7 +155,7 @@ INLINE bool survey(Row &row) {
 // Of equals the first.
 INLINE int32_t first_at_peak(const Row &row) {
     int32_t token = 0;
-    while (token < row.whole_blocks && !any(logits_at(row.logits + token) == each(row.peak))) token += LANES;
+    while (token < row.whole_blocks && !any(load(row.logits + token) == all(row.peak))) token += LANES;
     while (row.logits[token] != row.peak) token++;
     return token;
 }
@@ -246,13 +235,13 @@ INLINE Border border_of(const Row &row, float least, int64_t top_k, double top_p
     const double reach = WEIGHTLESS * row.temperature, all_of_them = static_cast<double>(row.peak) - row.lowest;
     const double span = fmax(fmin(reach, all_of_them), FLT_MIN);  // of equal logits the difference may be -0
     const float scale = static_cast<float>(fmin((BUCKETS - 1) / span, FLT_MAX));
-    const Logits lowest = each(MASS ? fmaxf(least, below_peak(row, WEIGHTLESS)) : least);
+    const Logits lowest = all(MASS ? fmaxf(least, below_peak(row, WEIGHTLESS)) : least);
     // The buckets of a block's logits; whether any counts.
     auto place = [&](const float *at, int32_t *buckets) __attribute__((always_inline)) {
         Marks some = {};
         for (int i = 0; i < BLOCK; i += LANES) {
-            const Logits x = logits_at(at + i), scaled = (row.peak - x) * scale;  // rounding keeps the order
-            const Marks bucket = __builtin_convertvector(scaled < each(BUCKETS - 1) ? scaled : each(BUCKETS - 1), Marks);
+            const Logits x = load(at + i), scaled = (row.peak - x) * scale;  // rounding keeps the order
+            const Marks bucket = __builtin_convertvector(scaled < all(BUCKETS - 1) ? scaled : all(BUCKETS - 1), Marks);
             const Marks counts = x >= lowest, placed = counts ? bucket : OUTSIDE - (Marks){};
             memcpy(buckets + i, &placed, sizeof placed);
             some |= counts;
@@ -319,16 +308,16 @@ INLINE int32_t draw(const Row &row, const moray_sampling &how, Border border) {
     Best best = {-INFINITY, 0};
     consider(row, how, border, first_at_peak(row), best);
     const float cooling = static_cast<float>(fmin(1.0 / row.temperature, FLT_MAX));
-    const Logits least = each(fmaxf(border.logit, below_peak(row, FARTHEST_WINNER)));
+    const Logits least = all(fmaxf(border.logit, below_peak(row, FARTHEST_WINNER)));
     Marks lanes;
     for (int i = 0; i < LANES; i++) lanes[i] = i;
     over<LANES>(row, [&](int32_t token, const float *at) __attribute__((always_inline)) {
-        const Logits x = logits_at(at);
+        const Logits x = load(at);
         Marks hopeful = x >= least;
         if (!any(hopeful)) return;
-        const Logits gap = x - row.peak, distance = (gap > each(-FLT_MAX) ? gap : each(-FLT_MAX)) * cooling;
+        const Logits gap = x - row.peak, distance = (gap > all(-FLT_MAX) ? gap : all(-FLT_MAX)) * cooling;
         const Logits bound = distance + noise_bound((Words)(lanes + token), static_cast<uint32_t>(how.noise_key));
-        hopeful &= bound >= each(static_cast<float>(best.score) - SLACK);
+        hopeful &= bound >= all(static_cast<float>(best.score) - SLACK);
         if (!any(hopeful)) return;
         for (int i = 0; i < LANES; i++)
             if (hopeful[i]) consider(row, how, border, token + i, best);
