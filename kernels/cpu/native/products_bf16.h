@@ -8,7 +8,6 @@
 
 namespace {
 
-constexpr int WIDE = 4;      // tiles computed together
 constexpr int ROWS = 6;      // rows computed together: 24 sums, 6 pairs of activations and a pair of weights fill 31 registers
 // From LEAST_TALL rows up to MOST_TALL, one tile for TALL rows at a time: as many products for each weight that is
 // decoded, which happens in other units meanwhile. Experts with 12 to 20 rows each take 0.90-0.92 of the time so, on Zen 4;
@@ -107,14 +106,6 @@ static void multiply_tiles(const bf16 *const *x, const Tiles &tiles, int begin, 
 template <int KIND>
 static void multiply_rows(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
                           int64_t row_stride) {
-    if (tiles.count > WIDE) {
-        Tiles some = tiles;
-        for (int t = 0; t < tiles.count; t += WIDE, some.data += 64 * WIDE) {
-            some.count = tiles.count - t < WIDE ? tiles.count - t : WIDE;
-            multiply_rows<KIND>(x, rows, some, begin, end, totals + t * TILE, row_stride);
-        }
-        return;
-    }
     while (rows > 0) {
         // The last two parts are even: one of a single row would use a sixth of the machine.
         const int now = rows <= ROWS ? rows : rows < 2 * ROWS ? (rows + 1) / 2 : ROWS;
