@@ -28,6 +28,7 @@ class Instructions(IntEnum):
     GENERIC = 1
     AVX2 = 2
     AVX512_BF16 = 3
+    AMX_BF16 = 4
 
 
 class Matrix(Structure):
@@ -85,6 +86,7 @@ class NativeLibrary:
         self._best = declared(library, "moray_cpu_best", c_int)
         self._use = declared(library, "moray_cpu_use", c_int, c_int)
         self._used = declared(library, "moray_cpu_used", c_int)
+        self._amx = declared(library, "moray_cpu_amx", c_int)
         self._set_threads = declared(library, "moray_set_threads", c_int, c_int, c_int)
         self._threads = declared(library, "moray_threads", c_int)
         self.packed_bytes = declared(library, "moray_packed_bytes", c_int64, c_int32, c_int32, c_int32)
@@ -113,6 +115,12 @@ class NativeLibrary:
             library, "moray_sample", None, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p
         )  # logits, stride, rows, vocabulary, table of rows, tokens
         self.use(self.best)
+        if self._amx() < 0:
+            logger.warning(
+                "event=amx_not_used: AMX of this processor computed a wrong product when it was tried; %s computes instead. "
+                "Please report it, with what `lscpu` prints",
+                self.best.name,
+            )
 
     @property
     def best(self) -> Instructions:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moray.kernels.attention_plan import Segment
+from moray.kernels.cpu import library as library_module
 from moray.kernels.cpu.library import Instructions, NativeLibrary, native
 from moray.kernels.cpu.matrix import linear as packed_linear
 from moray.kernels.experts import MlpWeights
@@ -24,6 +25,8 @@ from moray.model.reference import reference_logits
 from moray.model.testing import WeightDtype, write_random_checkpoint
 from moray.model.transformer import ForwardBatch, Transformer
 from moray.model.weights import RouterWeights, mlp_weights, router_weights
+
+from ..kernels.cpu.amx_model import library_with
 
 PAGE = 8
 
@@ -82,9 +85,11 @@ def model(checkpoint: Path) -> Model:
 
 
 @pytest.fixture(params=list(Instructions), ids=lambda one: one.name.lower())
-def instructions(request: pytest.FixtureRequest) -> Iterator[NativeLibrary]:
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeLibrary]:
     library = native()
     assert library is not None
+    library = library_with(request.param, library)
+    monkeypatch.setattr(library_module, "_load", lambda: library)
     if request.param > library.best:
         pytest.skip(f"this machine has no {request.param.name}")
     used, threads = library.used, library.threads

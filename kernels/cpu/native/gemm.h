@@ -8,13 +8,26 @@
 
 #include "pool.h"
 #include "tiles.h"
-#if defined(MORAY_ISA_AVX512)
+#if defined(MORAY_ISA_AMX)
+#include "products_amx.h"
+#elif defined(MORAY_ISA_AVX512)
 #include "products_bf16.h"
 #else
 #include "products_f32.h"
 #endif
 
 namespace {
+
+#if !defined(MORAY_ISA_AMX)
+struct ProductRegisters {};  // those that every thread has
+#endif
+
+// What a region's threads run if they compute products.
+template <moray::Task TASK>
+static void with_products(void *argument) {
+    const ProductRegisters here;
+    TASK(argument);
+}
 
 // The same for `count` tiles of a matrix from `first` on, which may be of several groups.
 static void product_of(const bf16 *const *x, int rows, const moray_matrix &m, int first, int count, const uint8_t *next,

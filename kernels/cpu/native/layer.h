@@ -303,7 +303,7 @@ static void attention(const moray_layer *layer, const moray_batch *batch, bf16 *
                     buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], buffer[5], buffer[6],
                     reinterpret_cast<float *>(memory), pieces, count, query_tiles_in(*batch), heads,
                     {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-    moray::run(layer_task, &job);
+    moray::run(with_products<layer_task>, &job);
 }
 
 struct LinearJob {
@@ -335,7 +335,7 @@ static void linear_task(void *argument) {
 
 static void linear_rows(const bf16 *x, int32_t tokens, const moray_matrix *matrix, void *out, int out_f32) {
     LinearJob job = {x, tokens, matrix, out, out_f32, {}};
-    moray::run(linear_task, &job);
+    moray::run(with_products<linear_task>, &job);
 }
 
 }  // namespace

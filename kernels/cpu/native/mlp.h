@@ -113,7 +113,7 @@ static int grouped_mlp(const bf16 *hidden_states, int32_t tokens, const int32_t 
     moray::Stage *middles = reinterpret_cast<moray::Stage *>(table + runs);
     memset(middles, 0, sizeof(moray::Stage) * runs);
     MlpJob job = {hidden_states, rows, table, runs, reinterpret_cast<bf16 *>(memory + run_bytes), out, {}, middles};
-    moray::run(grouped_mlp_task, &job);
+    moray::run(with_products<grouped_mlp_task>, &job);
     return 0;
 }
 
@@ -132,7 +132,7 @@ static void swiglu(const bf16 *x, int32_t tokens, const moray_mlp *mlp, float *o
     const Run all = {0, tokens, mlp};
     moray::Stage middles = {};
     MlpJob job = {x, nullptr, &all, 1, middle, out, {}, &middles};
-    moray::run(swiglu_task, &job);
+    moray::run(with_products<swiglu_task>, &job);
 }
 
 }  // namespace

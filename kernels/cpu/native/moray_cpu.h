@@ -63,10 +63,12 @@ typedef struct {
 } moray_sampling;
 
 // Instruction sets, best first; moray_cpu_best gives the best that this machine has.
-enum { MORAY_AVX512_BF16 = 3, MORAY_AVX2 = 2, MORAY_GENERIC = 1 };
+enum { MORAY_AMX_BF16 = 4, MORAY_AVX512_BF16 = 3, MORAY_AVX2 = 2, MORAY_GENERIC = 1 };
 int moray_cpu_best(void);
 int moray_cpu_use(int instructions);   // 0, or -1 if this machine has no such instructions
 int moray_cpu_used(void);
+// AMX: 1: this machine has it, and it computes a product right; 0: it is not here, or may not be used; -1: the product is wrong.
+int moray_cpu_amx(void);
 
 // Threads that a call uses, the calling one included; while another thread's call runs, a call does with its own.
 // Idle threads look for work for `spin_us` before they sleep.

@@ -150,6 +150,8 @@ INLINE Tiles decoded_tiles(const Tiles &tiles, int begin, int end, uint8_t *deco
     return result;
 }
 
+#if !defined(MORAY_ISA_AMX)  // which has tiles for these, and takes the rest from here
+
 // totals[r][t][16] = x[r] . tile[t] over all `cols` columns, for at most ROW_BLOCK rows.
 static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind, int cols, float *totals,
                     int64_t row_stride) {
@@ -186,6 +188,8 @@ static void multiply_packed(const bf16 *const *x, int rows, int tiles, const uin
                             int64_t row_stride) {
     multiply_rows<MORAY_BF16>(x, rows, {tiles, packed, 64 * tiles, nullptr, nullptr}, begin, end, totals, row_stride);
 }
+
+#endif
 
 }  // namespace
 #endif

@@ -1,0 +1,41 @@
+"""The CPU kernels for AMX with its instructions in software (kernels/cpu/native/amx.h), for machines that have none."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import moray.kernels.cpu
+from moray.kernels.cpu.library import Instructions, NativeLibrary
+
+SOURCES = Path(moray.kernels.cpu.__file__).parent / "native"
+
+
+@functools.cache
+def amx_model(*, wrong: bool = False) -> NativeLibrary:
+    """The library, built once a process; `wrong`: whose products miss every odd column.
+
+    The rest of it needs AVX512-BF16, as every machine with AMX has.
+    """
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    assert compiler is not None, "no C++ compiler: these tests build a library"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "amx_model.so"
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-O1", "-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
+            + [f"-DMORAY_AMX_MODEL={2 if wrong else 1}", "-o", str(path)]
+            + [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
+            check=True,
+            timeout=300,
+        )
+        return NativeLibrary(str(path))
+
+
+def library_with(wanted: Instructions | None, found: NativeLibrary) -> NativeLibrary:
+    """What these instructions can be tested with: `found`, or the model where it is AMX that is missing."""
+    if wanted is Instructions.AMX_BF16 and found.best is Instructions.AVX512_BF16:
+        return amx_model()
+    return found
