@@ -28,7 +28,7 @@ class Instructions(IntEnum):
     GENERIC = 1
     AVX2 = 2
     AVX512_BF16 = 3
-    AMX_BF16 = 4
+    AMX = 4
 
 
 class Matrix(Structure):

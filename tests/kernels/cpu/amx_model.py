@@ -36,6 +36,6 @@ def amx_model(*, wrong: bool = False) -> NativeLibrary:
 
 def library_with(wanted: Instructions | None, found: NativeLibrary) -> NativeLibrary:
     """What these instructions can be tested with: `found`, or the model where it is AMX that is missing."""
-    if wanted is Instructions.AMX_BF16 and found.best is Instructions.AVX512_BF16:
+    if wanted is Instructions.AMX and found.best is Instructions.AVX512_BF16:
         return amx_model()
     return found
