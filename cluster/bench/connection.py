@@ -2,7 +2,8 @@
 
 Chosen by measurement (`tests/bench/http_client.py`): 25 us of CPU time for each event that comes alone, parsing included, with
 32 streams, so 40,000 a second for a core. A plain client of aiohttp takes 33, one of httpx 57 to 82, and neither says when a
-socket was read. What this leaves out is what a measurement does not need: redirects, compression, proxies, retries.
+socket was read. What this leaves out is what a measurement does not need: redirects, compression, proxies, retries of what a
+server refused or broke.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ OnBody = Callable[[bytes, float], None]
 
 class BrokenAnswerError(Exception):
     """The connection ended, or what came over it is not HTTP; says what."""
+
+
+class ClosedBetweenError(BrokenAnswerError):
+    """A connection that had answered before ended before a byte of this answer: the server closed it between the two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,8 @@ class Connection(asyncio.Protocol):
         self._on_body: OnBody | None = None
         self._answered: asyncio.Future[Head] | None = None
         self._reusable = True
+        self._used = False  # it has answered a request before
+        self._silent = True  # nothing of the present one has come
         self.idle_since = 0.0
 
     @classmethod
@@ -117,17 +124,20 @@ class Connection(asyncio.Protocol):
             on_body: is given the body as it comes, without the marks of chunks.
 
         Raises:
+            ClosedBetweenError: the connection, which had been used before, ended before anything came.
             BrokenAnswerError: the connection ended before the answer did, or what came is not HTTP.
         """
         assert self._answered is None, "one request at a time"
         if not self.reusable:
             raise BrokenAnswerError("the server has closed the connection")
         assert self._transport is not None
-        self._head, self._on_body = None, on_body
+        self._head, self._on_body, self._silent = None, on_body, True
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(data)
         try:
-            return await self._answered
+            head = await self._answered
+            self._used = True
+            return head
         except asyncio.CancelledError:
             self.close()  # the answer goes on; only the end of the connection stops it
             raise
@@ -159,6 +169,7 @@ class Connection(asyncio.Protocol):
         if self._answered is None or self._answered.done():
             self.close()  # nobody has asked for it
             return
+        self._silent = False
         if self._rest:
             data = self._rest + data
             self._rest = b""
@@ -180,7 +191,8 @@ class Connection(asyncio.Protocol):
             self._answered.set_result(self._head)
             return
         when = "before it answered" if self._head is None else "in the middle of its answer"
-        self._fail(f"the server closed the connection {when}" + (f" ({error})" if error is not None else ""))
+        kind = ClosedBetweenError if self._used and self._silent else BrokenAnswerError
+        self._fail(f"the server closed the connection {when}" + (f" ({error})" if error is not None else ""), kind)
 
     # ---- reading
 
@@ -264,7 +276,7 @@ class Connection(asyncio.Protocol):
         self._left = left
         return b"".join(pieces), False
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, kind: type[BrokenAnswerError] = BrokenAnswerError) -> None:
         self.close()
         if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(BrokenAnswerError(why))
+            self._answered.set_exception(kind(why))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ...configs.errors import ClusterError
-from .connection import Address, BrokenAnswerError, Connection
+from .connection import Address, BrokenAnswerError, ClosedBetweenError, Connection, Head
 from .stream import NO_TOKEN, OK, Answer, ErrorReader, StreamReader
 from .workload import CHARACTERS_PER_TOKEN, FIRST_ID, Ask, PromptForm, made_up_text
 
@@ -91,6 +92,29 @@ class Connections:
         self._address = address
         self._idle: list[Connection] = []
 
+    async def request(self, data: bytes, on_body: Callable[[Head, bytes, float], None]) -> Head:
+        """Send a request over one that is free, and wait for the end of its answer.
+
+        Once more over a new one, where the server had closed a free one without saying so: it may, and to ask it twice does no
+        harm. What a new connection does not answer is broken.
+
+        Args:
+            data: the whole request.
+            on_body: is given the body as it comes, with the answer's head before it, and when it was read.
+
+        Raises:
+            BrokenAnswerError: the connection ended before the answer did, or what came is not HTTP.
+            OSError: the server cannot be reached.
+        """
+        connection = await self.take()
+        try:
+            head = await _request(connection, data, on_body)
+        except ClosedBetweenError:
+            connection = await Connection.connect(self._address)
+            head = await _request(connection, data, on_body)
+        self.give_back(connection)
+        return head
+
     async def take(self) -> Connection:
         """One that is free; a new one if none is.
 
@@ -116,6 +140,14 @@ class Connections:
         self._idle.clear()
 
 
+async def _request(connection: Connection, data: bytes, on_body: Callable[[Head, bytes, float], None]) -> Head:
+    def body(piece: bytes, at: float) -> None:
+        assert connection.head is not None
+        on_body(connection.head, piece, at)
+
+    return await connection.request(data, body)
+
+
 async def send(
     server: Server, connections: Connections, ask: Ask, *, timeout_s: float, answer: Answer | None = None
 ) -> Answer:
@@ -129,17 +161,13 @@ async def send(
     """
     answer = answer or Answer.to(ask.prompt_tokens, ask.output_tokens)
     reader, errors = StreamReader(answer), ErrorReader()
-    data = server.request(ask)
+
+    def body(head: Head, piece: bytes, at: float) -> None:
+        (reader if head.status == 200 else errors).feed(piece, at)
+
     try:
         async with asyncio.timeout(timeout_s):
-            connection = await connections.take()
-
-            def body(piece: bytes, at: float) -> None:
-                assert connection.head is not None
-                (reader if connection.head.status == 200 else errors).feed(piece, at)
-
-            head = await connection.request(data, body)
-            connections.give_back(connection)
+            head = await connections.request(server.request(ask), body)
     except TimeoutError:
         problem, detail = "timed out", f"not answered within {timeout_s:g} s"
     except BrokenAnswerError as error:
@@ -225,9 +253,7 @@ async def _first_model(server: Server, connections: Connections) -> str:
     pieces: list[bytes] = []
     try:
         async with asyncio.timeout(PROBE_TIMEOUT_S):
-            connection = await connections.take()
-            head = await connection.request(server.get("/v1/models"), lambda piece, _: pieces.append(piece))
-            connections.give_back(connection)
+            head = await connections.request(server.get("/v1/models"), lambda _, piece, __: pieces.append(piece))
         found = json.loads(b"".join(pieces))
         if head.status != 200:
             raise ClusterError(f"{server.name}: {server.address}/v1/models answers {head.status}: {found}"[:300])

@@ -8,8 +8,8 @@
 # The source is what llama-cpp-python carries. It is built for this machine's instructions (needs cmake, ninja and a C++
 # compiler; ten minutes on two cores). Its converter knows tokenizers by a hash of what they make of a text, and refuses others:
 # that of tests/bench/make_checkpoint.py splits as GPT-2's does, and is said to. CHECKPOINT is in BF16. `serve` has room for 32
-# streams of 2048 tokens and keeps no prompts. It closes the connection after each stream without saying so: unless its streams
-# are made to send "Connection: close", `moray bench` counts requests that reuse it as broken.
+# streams of 2048 tokens and keeps no prompts. It closes the connection after each stream without saying so; `moray bench` then
+# sends the next request once more over a new one.
 set -euo pipefail
 
 version=0.3.36

@@ -190,6 +190,79 @@ def test_connections_are_used_again_while_they_are_fresh() -> None:
         asyncio.run(main(server.url))
 
 
+class Unannounced(ScriptedServer):
+    """Closes each connection without saying so, after its first answer: in the middle of the next request, so that no client
+    can have noticed it before.
+
+    Attributes:
+        connections: how many there were.
+        last_words: what it sends of an answer before it closes.
+        thinks_s: how long it takes to close.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply] = obedient, *, last_words: bytes = b"") -> None:
+        super().__init__(reply)
+        self.connections = self.cut = 0
+        self.last_words, self.thinks_s = last_words, 0.0
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        await super()._serve(reader, writer)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await super()._answer(reader, writer)
+        await reader.readuntil(b"\r\n\r\n")
+        self.cut += 1
+        await asyncio.sleep(self.thinks_s)
+        writer.write(self.last_words)
+        return False
+
+
+def test_connections_that_were_closed_between_two_requests_are_no_fault() -> None:
+    with Unannounced() as server:
+        server.thinks_s = 0.05
+        measured = load(server.url, Level("concurrency", 2), 10)
+        found = figures(measured)
+        assert (found.requests, found.outcomes) == (10, {"ok": 10})
+        assert (server.connections, server.cut) == (10, 8), (
+            "each client finds its connection closed but for the first time"
+        )
+        assert len(server.asked) == 10
+    late = sorted(answer.times[0] - answer.sent for answer in measured.answers)
+    assert all(seconds > 0.05 for seconds in late[2:]), "time counts from the first sending"
+
+
+def test_a_server_that_closes_after_each_answer() -> None:
+    class Closing(ScriptedServer):
+        async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+            await super()._answer(reader, writer)
+            return False
+
+    with Closing() as server:
+        assert figures(load(server.url, Level("concurrency", 3), 12)).outcomes == {"ok": 12}
+        assert probe(server).model == "scripted"
+
+
+def test_an_answer_that_has_begun_is_not_asked_for_again() -> None:
+    with Unannounced(last_words=b"HTTP/1.1") as server:
+        assert figures(load(server.url, Level("concurrency", 1), 6)).outcomes == {"ok": 3, "broken connection": 3}
+        assert (server.connections, len(server.asked)) == (3, 3)
+
+
+def test_what_a_new_connection_does_not_answer_is_not_asked_for_again() -> None:
+    class Mute(Unannounced):
+        async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+            if self.connections > 1:
+                return False
+            return await super()._answer(reader, writer)
+
+    with Mute() as server:
+        found = figures(load(server.url, Level("concurrency", 1), 4))
+        assert found.outcomes == {"ok": 1, "broken connection": 3}
+        assert found.details["broken connection"].startswith("the server closed the connection before it answered")
+        assert server.connections == 4
+
+
 # ---- what a server understands
 
 
