@@ -13,7 +13,7 @@ import torch
 
 from ..configs.errors import ClusterError, LinkError
 from ..kernels.experts import ExpertWeights, grouped_mlp
-from ..model.compute import Compute
+from ..model.compute import Compute, instructions_used
 from ..model.loading import BytesRead
 from ..model.progress import Progress
 from ..model.reader import DEFAULT_THREADS
@@ -187,6 +187,7 @@ class ExpertHost:
             self._busy.seconds + turn.native_busy_s,
             self._pairs + turn.native_pairs,
             self._held.resident_bytes,
+            instructions_used(self.compute),
         )
 
     def listen(self, kind: LinkKind, *, bind_host: str, secret: bytes) -> LinkAddress:

@@ -143,6 +143,7 @@ class ProcessStatus:
         actor: name of its Ray actor.
         data_bytes_read, header_bytes_read: from the checkpoint: of tensors, and of headers and index to find them.
         data_bytes_copied: of tensors that came from other hosts instead, as many as reading them would have been.
+        instructions: of the CPU, that it computes with, such as "avx2", or "torch avx2"; "" on a GPU, and before it has said.
     """
 
     id: str
@@ -155,6 +156,7 @@ class ProcessStatus:
     data_bytes_read: int = 0
     header_bytes_read: int = 0
     data_bytes_copied: int = 0
+    instructions: str = ""
 
 
 @dataclass(frozen=True, slots=True)

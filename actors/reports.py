@@ -41,6 +41,7 @@ class RouterReport:
         expert_tokens: [L, E] int64: tokens routed to each expert, for each layer with routed experts.
         hosts: by id, every host of the table.
         silent_fronts: ids of the fronts that have stopped reading or answering.
+        instructions: of the CPU, that it computes with; see `instructions_used`.
     """
 
     stats: RouterStats
@@ -48,6 +49,7 @@ class RouterReport:
     expert_tokens: npt.NDArray[np.int64] = field(repr=False)
     hosts: Mapping[str, HostView]
     silent_fronts: tuple[str, ...] = ()
+    instructions: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,11 @@ class HostReport:
         busy_s: seconds it has computed.
         pairs: (token, expert) pairs it has computed.
         resident_bytes: of the experts it holds.
+        instructions: of the CPU, that it computes with; see `instructions_used`.
     """
 
     epochs: tuple[int, ...]
     busy_s: float
     pairs: int
     resident_bytes: int
+    instructions: str = ""

@@ -11,7 +11,7 @@ from typing import Literal
 from ..configs.errors import ClusterError
 from ..kernels.cpu.library import set_threads
 from ..model.checkpoint import Checkpoint
-from ..model.compute import Compute
+from ..model.compute import Compute, instructions_used, use_instructions
 from ..model.config import ModelConfig
 from ..model.loading import load_dense
 from ..model.progress import Progress
@@ -52,6 +52,7 @@ class RouterProcess:
         progress: where to show the read of the weights.
 
     Raises:
+        ConfigError: this machine cannot compute so.
         CheckpointError, LinkError: the weights cannot be read, or no host can be reached.
     """
 
@@ -72,8 +73,9 @@ class RouterProcess:
         progress: Progress | None = None,
     ) -> None:
         set_threads(threads, packed=compute.packed, spin_us=_SPIN_US)
+        use_instructions(compute)
         self.stopped = threading.Event()
-        self._router_id = router_id
+        self._router_id, self._compute = router_id, compute
         config = ModelConfig.load(checkpoint)
         if settings.draft_tokens:
             config = config.with_draft_layer()
@@ -152,6 +154,7 @@ class RouterProcess:
             expert_tokens=dispatch.expert_tokens.copy(),
             hosts=dispatch.host_views(),
             silent_fronts=self._server.silent_fronts(),
+            instructions=instructions_used(self._compute),
         )
 
     def stop(self) -> None:

@@ -83,7 +83,7 @@ def compute(deployment: Deployment, *, gpus: float) -> Compute:
     """What the deployment's processes compute with, where there are `gpus` GPUs.
 
     Raises:
-        ConfigError: it asks for a GPU, and there is none.
+        ConfigError: it asks for a GPU, and there is none; or for instructions of native kernels, and torch is to compute.
     """
     if deployment.device == "cuda" and not gpus:
         raise ConfigError("device = 'cuda': there is no GPU here; use cpu or auto, or start nodes that have some")
@@ -92,8 +92,14 @@ def compute(deployment: Deployment, *, gpus: float) -> Compute:
     from ..model.compute import Compute
 
     on_gpu = deployment.device == "cuda" or (deployment.device == "auto" and gpus > 0)
-    if not on_gpu and deployment.routers.kv_cache != "fp8" and _natively(deployment.dtype):
-        return Compute(torch.device("cpu"), torch.bfloat16, keep_fp8=deployment.fp8 != "decode", packed=True)
+    if not on_gpu and _natively(deployment, deployment.dtype, fp8_kv=deployment.routers.kv_cache == "fp8"):
+        return Compute(
+            torch.device("cpu"),
+            torch.bfloat16,
+            keep_fp8=deployment.fp8 != "decode",
+            packed=True,
+            instructions=deployment.cpu_instructions,
+        )
     return Compute(
         device=torch.device("cuda" if on_gpu else "cpu"),
         dtype=getattr(torch, _dtype(deployment.dtype, otherwise="bfloat16" if on_gpu else "float32")),
@@ -119,8 +125,15 @@ def host_compute(deployment: Deployment, host_id: str, *, gpus: float) -> Comput
     as_others = others.device.type == "cpu" and others.keep_fp8
     dtype = deployment.dtype if cold.dtype == "auto" else cold.dtype
     fp8 = deployment.fp8 if cold.fp8 == "auto" and others.device.type == "cpu" else cold.fp8
-    if _natively(dtype):
-        return Compute(torch.device("cpu"), torch.bfloat16, keep_fp8=fp8 != "decode", packed=True)
+    # Who asks for another dtype here has cold hosts compute in another way, whatever the others do.
+    if cold.dtype != "float32" and _natively(deployment, dtype):
+        return Compute(
+            torch.device("cpu"),
+            torch.bfloat16,
+            keep_fp8=fp8 != "decode",
+            packed=True,
+            instructions=deployment.cpu_instructions,
+        )
     return Compute(
         device=torch.device("cpu"),
         dtype=getattr(torch, _dtype(cold.dtype, otherwise=_dtype(deployment.dtype, otherwise="float32"))),
@@ -133,10 +146,23 @@ def _dtype(setting: str, *, otherwise: str) -> str:
     return otherwise if setting == "auto" else setting
 
 
-def _natively(dtype: str) -> bool:
-    """Whether CPUs compute with the native kernels: unless float32 is asked for, where there are any that are fast here."""
-    if dtype == "float32":
+def _natively(deployment: Deployment, dtype: str, *, fp8_kv: bool = False) -> bool:
+    """Whether CPUs compute with the native kernels: where there are any that are fast here, or `cpu_instructions` names some,
+    and neither float32 nor FP8 pages are asked for. A machine that lacks what is named says so when a process starts there.
+
+    Raises:
+        ConfigError: it names some, and torch is to compute.
+    """
+    asked = deployment.cpu_instructions
+    if dtype == "float32" or fp8_kv:
+        if asked != "auto":
+            torchs = "dtype = 'float32'" if dtype == "float32" else "routers.kv_cache = 'fp8'"
+            raise ConfigError(
+                f"cpu_instructions = {asked!r} and {torchs}: CPUs compute that by torch, which chooses by itself; leave one out"
+            )
         return False
+    if asked != "auto":
+        return True
     library = native()
     return library is not None and library.best > Instructions.GENERIC
 

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from .. import __version__
-from ..configs.deployment import EMBEDDED_MODEL, Deployment
+from ..configs.deployment import EMBEDDED_MODEL, CpuInstructions, Deployment
 from ..configs.errors import MorayError
 from .admin_cli import add_admin_commands
 from .bench.cli import add_bench
@@ -83,6 +83,11 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--name", help="the model's id in the API")
     serve.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to compute")
     serve.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help="what to compute in")
+    serve.add_argument(
+        "--cpu-instructions",
+        choices=get_args(CpuInstructions),
+        help="what CPUs compute with (default: the best of each)",
+    )
     serve.add_argument("--max-context", type=int, metavar="TOKENS", help="longest prompt plus answer")
     serve.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default 8000; 0: any free one)")
@@ -127,6 +132,7 @@ def deployment_from(options: argparse.Namespace) -> Deployment:
         "name": options.name,
         "device": options.device,
         "dtype": options.dtype,
+        "cpu_instructions": options.cpu_instructions,
         "link": options.link,
         "max_context": options.max_context,
         "experts.hosts": options.experts,

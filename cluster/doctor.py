@@ -97,12 +97,13 @@ def examine_here(model: str, deployment: Deployment | None) -> Examination:
     import socket
 
     from .diagnosis.collect import collect
+    from .diagnosis.cpu_checks import check_instructions
     from .diagnosis.deployment_checks import check_deployment
     from .diagnosis.examination import Examination
     from .diagnosis.node_checks import check_node
 
     facts = collect(_wish(socket.gethostname(), model, deployment))
-    findings = check_node(facts)
+    findings = check_node(facts) + check_instructions([facts], deployment)
     if deployment is not None:
         findings += check_deployment(deployment, _config(model, deployment), [facts], {})
     return Examination((facts,), tuple(findings))
@@ -122,6 +123,7 @@ def examine_ray(
         ClusterError: Ray is not there.
     """
     from .diagnosis.cluster_checks import check_access
+    from .diagnosis.cpu_checks import check_instructions
     from .diagnosis.deployment_checks import check_deployment
     from .diagnosis.examination import examine_cluster
     from .diagnosis.link_checks import R1_NEEDS, token_needs
@@ -138,6 +140,7 @@ def examine_ray(
         )
     # What has joined the cluster is what the cluster asks for; unset, Ray takes it for `token`.
     findings = [check_access(os.environ.get("RAY_AUTH_MODE", "token"))]
+    findings += check_instructions(examination.nodes, deployment)
     if deployment is not None:
         offered = {probe.node: probe.ray for probe in probes}
         findings += check_deployment(deployment, config, examination.nodes, offered)

@@ -24,6 +24,7 @@ from ..actors.router import Router
 from ..configs.deployment import EMBEDDED_MODEL, Deployment
 from ..configs.errors import RequestError
 from ..kernels.cpu.library import set_threads
+from ..model.compute import instructions_used, use_instructions
 from ..model.loading import load_dense, open_model
 from ..model.progress import Progress, default_progress
 from ..model.reader import BytesRead
@@ -63,12 +64,16 @@ class LocalCluster:
         computing = compute(deployment, gpus=gpus)
         routers = deployment.routers
         set_threads(threads_here(given_threads(routers.threads, routers.cpus, computing), 1), packed=computing.packed)
+        use_instructions(computing)
+        self._computing = {router_name(0): computing}
         self.table = first_placement(self.config, deployment.experts)
         self.hosts: list[ExpertHost] = []
         self._bytes_read: dict[str, BytesRead] = {}
         links = {}
         for host_id, slots in self.table.slots.items():
             host = ExpertHost(host_id, compute=host_compute(deployment, host_id, gpus=gpus))
+            use_instructions(host.compute)
+            self._computing[host_id] = host.compute
             self._bytes_read[host_id] = host.load(path, slots, epoch=self.table.epoch, progress=progress)
             links[host_id] = host.inline_link(router_name(0))
             self.hosts.append(host)
@@ -96,6 +101,7 @@ class LocalCluster:
                     state="ready",
                     data_bytes_read=read.data,
                     header_bytes_read=read.headers,
+                    instructions=instructions_used(self._computing[name]),
                 )
                 for name, read in self._bytes_read.items()
             ],
@@ -132,7 +138,8 @@ class LLM:
     Args:
         model: a checkpoint directory, a URL to fetch it from, or `tiny-r1`; see `Deployment`.
         experts: number of expert hosts to spread the experts over; any number gives the same answers.
-        deployment: every other setting, as keyword arguments of `Deployment`.
+        deployment: every other setting, as keyword arguments of `Deployment`. `cpu_instructions` holds for the whole process:
+            a model that is made later in it changes what all of them compute with.
 
     Raises:
         ConfigError, CheckpointError: a setting or the checkpoint cannot be used.

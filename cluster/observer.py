@@ -1,4 +1,4 @@
-"""What the reports of routers and hosts add up to, and what the autoscaler makes of it."""
+"""What the reports of routers and hosts add up to: what is to be told of it, and what the autoscaler makes of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .autoscaler import Autoscaler, Decision, Observation
 from .change_planner import ChangePlanner
 from .changes import Wanted
 from .load_monitor import LoadMonitor, UtilisationMonitor, balance
+from .mixed_cpus import mixtures
 from .registry import Registry, by_kind
 from .transition import Transition
 
@@ -39,6 +40,7 @@ class Observer:
         self._autoscaler = Autoscaler(registry.deployment.autoscale)
         self._known: set[str] = set()
         self._balance_at = 0.0
+        self._instructions: set[str] = set()
         self._acting: threading.Thread | None = None
 
     def heard_router(self, name: str, report: RouterReport) -> None:
@@ -53,6 +55,7 @@ class Observer:
         """Look at all of it, after every round of reports."""
         registry, now = self._registry, time.monotonic()
         self._forget_the_gone()
+        self._tell_mixed_cpus()
         if now >= self._balance_at:
             self._balance_at = now + _BALANCE_EVERY_S
             load = self._planner.load()
@@ -71,6 +74,20 @@ class Observer:
             self._monitor.forget(name)
             self._utilisation.forget(name)
         self._known = there
+
+    def _tell_mixed_cpus(self) -> None:
+        """Say that processes compute with different instructions: once, until these are others."""
+        registry = self._registry
+        with registry.lock:
+            members = registry.members()
+            used = {member.name: member.report.instructions for member in members if member.report is not None}
+            epoch = registry.table.epoch
+        found = set(used.values())
+        if len(used) < len(members) or found == self._instructions:
+            return  # one that was restored may compute as the one before
+        self._instructions = found
+        for told in mixtures(used):
+            registry.happened("mixed_cpus", f"epoch-{epoch}", detail=told, bad=True)
 
     def _seen(self) -> Observation:
         registry, deployment = self._registry, self._registry.deployment

@@ -140,6 +140,7 @@ class RayServer:
         """Refuse the rest before any process of ours is started."""
         import torch
 
+        from ..model.compute import use_instructions
         from ..model.progress import default_progress
         from .assembly import compute
         from .model_check import check_model
@@ -147,7 +148,7 @@ class RayServer:
         deployment = self._deployment
         gpus = torch.cuda.device_count()
         if self._address is None:
-            compute(deployment, gpus=gpus)
+            use_instructions(compute(deployment, gpus=gpus))  # as its processes will, which come to this machine
         check_model(deployment, gpus=max(gpus, deployment.device == "cuda"), progress=default_progress())
 
     def _start_ray(self) -> None:

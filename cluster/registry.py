@@ -253,6 +253,7 @@ def _described(member: Member, role: str) -> ProcessStatus:
         data_bytes_read=member.bytes_read.data,
         header_bytes_read=member.bytes_read.headers,
         data_bytes_copied=member.bytes_read.copied,
+        instructions="" if member.report is None else member.report.instructions,
     )
 
 

@@ -60,13 +60,14 @@ def _headline(found: dict[str, Any]) -> Text:
 
 
 def _processes(found: dict[str, Any]) -> Table:
-    table = _table("id", "role", "pid", "node", "state", "read", "detail")
+    told = any(p["instructions"] for p in found["processes"])
+    table = _table("id", "role", "pid", "node", *(["computes with"] if told else []), "state", "read", "detail")
     for p in found["processes"]:
         read = f"{(p['data_bytes_read'] + p['header_bytes_read']) / 1e6:,.1f} MB"
         if p["data_bytes_copied"]:
             read += f" + {p['data_bytes_copied'] / 1e6:,.1f} copied"
-        row = p["id"], p["role"].replace("_", " "), str(p["pid"]), p["node"], _coloured(p["state"]), read
-        table.add_row(*row, escape(p["detail"]))
+        where = [p["id"], p["role"].replace("_", " "), str(p["pid"]), p["node"]]
+        table.add_row(*where, *([p["instructions"]] if told else []), _coloured(p["state"]), read, escape(p["detail"]))
     return table
 
 

@@ -143,7 +143,13 @@ class ExpertHostWorker(_Worker):
         """Be this expert host from now on, and listen for every kind that the deployment's `link` may turn into here.
 
         In one call: those of one caller run side by side, in any order.
+
+        Raises:
+            ConfigError: this machine cannot compute as the deployment asks for.
         """
+        from ..model.compute import use_instructions
+
+        use_instructions(self._host.compute)
         self._host.become(host_id)
         kinds: list[LinkKind] = [link] if link != "auto" else ["shm", "gloo"]
         if link == "auto" and self._host.compute.device.type == "cuda":
@@ -309,11 +315,17 @@ def _started(make: Callable[[], T], gently: bool) -> T:
 
 
 def _expert_host(compute: Mapping[str, Any], threads: int, model: Path | None) -> FaultPoints:
+    from ..configs.errors import ConfigError
     from ..kernels.cpu.library import set_threads
+    from ..model.compute import use_instructions
     from .chaos.fault_points import FaultPoints
 
     set_threads(threads, packed=compute["packed"])
     host = FaultPoints("", compute=_compute(compute))
+    try:
+        use_instructions(host.compute)
+    except ConfigError:
+        return host  # `listen` says why: of a process that ends as it starts, Ray tells little more than that
     if model is not None:
         host.warm_up(model)
     return host
@@ -338,6 +350,7 @@ def _compute(described: Mapping[str, Any]) -> Compute:
         keep_fp8=described["keep_fp8"],
         fp8_kv=described["fp8_kv"],
         packed=described["packed"],
+        instructions=described["instructions"],
     )
 
 
@@ -349,6 +362,7 @@ def described_compute(compute: Compute) -> dict[str, Any]:
         "keep_fp8": compute.keep_fp8,
         "fp8_kv": compute.fp8_kv,
         "packed": compute.packed,
+        "instructions": compute.instructions,
     }
 
 

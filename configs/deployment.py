@@ -55,6 +55,10 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 """Reserves nearly nothing of what the node of Ray's head alone offers, one of it, on every cluster."""
 
 
+CpuInstructions = Literal["auto", "generic", "avx2", "avx512_bf16", "amx"]
+"""What the native CPU kernels may be told to compute with; after `auto`, each beside all that come before it."""
+
+
 class ColdHosts(Section):
     """Expert hosts on CPUs, beside those on GPUs, for the experts that least is asked of: the cold tier.
 
@@ -244,6 +248,9 @@ class Deployment(Section):
         fp8: what becomes of FP8 weights: `keep` leaves them as they are, and multiplies them on GPUs with activations quantised
             to FP8, on CPUs with bfloat16 ones; `decode` turns them into `dtype` when they are loaded. `auto` keeps them, but
             where CPUs compute by torch.
+        cpu_instructions: what the native CPU kernels compute with, in every process. `auto` is the best that each machine has.
+            Others round elsewhere: where machines differ, answers would depend on which of them computed what, and the lowest
+            that all have gives the same bits everywhere. A machine without them is refused.
         link: how routers and expert hosts are joined; `auto` takes shm on one machine, else nccl or gloo.
         max_context: longest prompt plus answer in tokens; by default the model's own, as far as the cache holds it.
         verify: `full` looks for NaN in the whole checkpoint before anything starts, `headers` only at names and shapes,
@@ -257,6 +264,7 @@ class Deployment(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     fp8: Literal["auto", "keep", "decode"] = "auto"
+    cpu_instructions: CpuInstructions = "auto"
     link: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     max_context: int | None = Field(default=None, ge=2)
     verify: Literal["auto", "full", "headers"] = "auto"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from ..mixed_cpus import grouped, told_apart
 from .facts import NodeFacts
 from .findings import Finding, fail, ok, warn
 from .text import duration
@@ -62,7 +63,7 @@ def check_cluster(nodes: Sequence[NodeFacts]) -> list[Finding]:
     """What must, or should, be the same on all nodes."""
     if len(nodes) < 2:
         return []
-    checks = (same_versions, same_processors, same_mtu, same_model)
+    checks = (same_versions, same_gpus, same_mtu, same_model)
     return [finding for check in checks for finding in check(nodes)]
 
 
@@ -72,46 +73,36 @@ def same_versions(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
     for table, judge in ((_MUST_BE_EQUAL, fail), (_SHOULD_BE_EQUAL, warn)):
         for name, why in table.items():
             found = _groups(nodes, partial(_version, name))
-            found.pop("", None)  # where it is missing although it is needed, the node's own check says so
             if len(found) > 1:
                 equal = False
                 yield judge(
-                    "versions", f"{name} differs: {_told_apart(found)}: {why}", "install the same version on every node"
+                    "versions",
+                    f"{name} differs: {told_apart(found, 'nodes')}: {why}",
+                    "install the same version on every node",
                 )
     if equal:
         yield ok("versions", f"equal on {len(nodes)} nodes")
 
 
-def same_processors(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
-    """GPUs of one kind, and CPUs with the same instructions: others round elsewhere."""
+def same_gpus(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
+    """GPUs of one kind: others round elsewhere. Of CPUs see `cpu_checks.py`."""
     gpus = _groups(nodes, lambda facts: ", ".join(sorted({gpu.name for gpu in facts.gpus})))
-    gpus.pop("", None)
     if len(gpus) > 1:
         yield warn(
             "gpus",
-            f"several kinds: {_told_apart(gpus)}",
+            f"several kinds: {told_apart(gpus, 'nodes')}",
             "fine for serving; last bits of an answer may then depend on which kind computed an expert, and the slowest "
             "sets the pace of a layer",
-        )
-    cpus = _groups(nodes, lambda facts: "" if facts.gpus else facts.cpu.instructions)
-    cpus.pop("", None)
-    if len(cpus) > 1:
-        yield warn(
-            "cpus",
-            f"several kinds: {_told_apart(cpus)}",
-            "fine for serving; last bits of an answer may then depend on which node computed an expert: where that matters, "
-            "keep experts on nodes of one kind",
         )
 
 
 def same_mtu(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
     """One MTU; with two, large packets to the smaller end are dropped wherever ICMP is."""
     found = _groups(nodes, lambda facts: str(facts.network.mtu) if facts.network.mtu else "")
-    found.pop("", None)
     if len(found) > 1:
         yield warn(
             "network",
-            f"MTUs differ: {_told_apart(found)}",
+            f"MTUs differ: {told_apart(found, 'nodes')}",
             "set one MTU on every node's interface: where packets are dropped for their size, links hang under load",
         )
 
@@ -132,7 +123,7 @@ def same_model(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
             equal = False
             yield fail(
                 "model",
-                f"{what} differ: {_told_apart(found)}",
+                f"{what} differ: {told_apart(found, 'nodes')}",
                 "copy the checkpoint anew where it differs; a copy may still be under way",
             )
     if equal:
@@ -211,15 +202,5 @@ def _version(name: str, facts: NodeFacts) -> str:
 
 
 def _groups(nodes: Sequence[NodeFacts], key: Callable[[NodeFacts], str]) -> dict[str, list[str]]:
-    """Value -> the nodes that have it, the commonest first."""
-    found: dict[str, list[str]] = {}
-    for facts in nodes:
-        found.setdefault(key(facts), []).append(facts.node)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
-
-
-def _told_apart(found: Mapping[str, Sequence[str]]) -> str:
-    """The commonest value, and who has others."""
-    (usual, many), *others = found.items()
-    told = [f"{value} on {', '.join(names)}" for value, names in others]
-    return f"{usual} on {many[0] if len(many) == 1 else f'{len(many)} nodes'}, {', '.join(told)}"
+    """Value -> the nodes that have it. What is missing although it is needed, the node's own check says."""
+    return grouped({facts.node: key(facts) for facts in nodes})

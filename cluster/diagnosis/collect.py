@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import psutil
 
+from ...kernels.cpu.library import native
 from .container import cpu_limit, memory_limit
 from .facts import CpuFacts, MemoryFacts, NetworkFacts, NodeFacts, PortFacts, SpaceFacts
 from .gpu_facts import GpusFound, find_gpus
@@ -75,12 +76,18 @@ def collect(wish: Wish) -> NodeFacts:
     import torch
 
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    kernels = native()
     gpus = find_gpus(torch_has_cuda=torch.version.cuda is not None, hidden_by_ray=wish.in_ray)
     return NodeFacts(
         node=wish.node,
         hostname=socket.gethostname(),
         versions=_versions(torch, gpus, nccl=nccl),
-        cpu=CpuFacts(len(os.sched_getaffinity(0)), cpu_limit(), torch.backends.cpu.get_cpu_capability()),
+        cpu=CpuFacts(
+            len(os.sched_getaffinity(0)),
+            cpu_limit(),
+            torch.backends.cpu.get_cpu_capability(),
+            "" if kernels is None else kernels.best.name.lower(),
+        ),
         memory=_memory(),
         network=network_facts(wish.address or own_address()),
         gpus=gpus.gpus,

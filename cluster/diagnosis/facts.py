@@ -42,11 +42,13 @@ class CpuFacts:
         count: that this process may run on.
         limit: CPUs' worth of time that the container may use; None without a limit.
         instructions: the widest that torch uses here, as in "AVX512"; "" if torch is missing.
+        kernels: the best that the native CPU kernels have here, as in "avx512_bf16"; "" where Moray was installed without them.
     """
 
     count: int
     limit: float | None = None
     instructions: str = ""
+    kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True)

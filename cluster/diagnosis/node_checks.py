@@ -155,7 +155,7 @@ def _gpu_errors(facts: NodeFacts) -> Iterator[Finding]:
 def check_cpus(facts: NodeFacts) -> Iterator[Finding]:
     """CPUs, and what the container may use of them."""
     cpu = facts.cpu
-    instructions = f" with {cpu.instructions}" if cpu.instructions else ""
+    instructions = f" with {cpu.kernels or cpu.instructions}" if cpu.kernels or cpu.instructions else ""
     if cpu.limit is not None and cpu.limit < cpu.count:
         yield warn(
             "cpus",

@@ -22,7 +22,7 @@ from moray.actors.reports import HostReport
 from moray.actors.testing import SECRET
 from moray.configs.errors import ClusterError, HandshakeError, LinkError, PeerDiedError
 from moray.kernels.experts import ExpertWeights, grouped_mlp, swiglu_mlp
-from moray.model.compute import Compute
+from moray.model.compute import Compute, instructions_used
 from moray.model.loading import load_experts, open_model
 from moray.model.testing import WeightDtype, write_random_checkpoint
 from moray.model.weights import mlp_weights
@@ -319,7 +319,7 @@ def test_warming_up_computes_in_the_models_shape_and_leaves_nothing(
     host.warm_up(path)
     kind = "BlockWeight" if keep_fp8 and dtype == "fp8" else "Tensor"
     assert computed == [([tokens, HIDDEN], kind) for tokens in (1, 16, 32, 64)]
-    assert host.report() == HostReport((), 0.0, 0, 0)
+    assert host.report() == HostReport((), 0.0, 0, 0, instructions_used(host.compute))
 
 
 def test_reports_what_it_serves_and_has_computed(host: ExpertHost, checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ from moray.cluster import admin
 from moray.cluster.changes import Wanted
 from moray.cluster.cli import _parser, deployment_from, main
 from moray.cluster.run_state import ProcessId, RunState, ServerRecord
+from moray.kernels.cpu.library import Instructions, native
 
 TINY = Path(moray.__file__).parent / "model" / "tiny_r1"
 
@@ -87,6 +88,18 @@ def test_a_port_that_is_taken(run: Run, where: list[str]) -> None:
         line = refused(run, "serve", "tiny-r1", "--port", port, *where)
     assert port in line
     assert "--port" in line
+
+
+@pytest.mark.parametrize("where", [[], ["--local"]])
+def test_instructions_that_this_machine_does_not_have(
+    run: Run, where: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = native()
+    assert library is not None
+    monkeypatch.setattr(library, "_best", lambda: Instructions.GENERIC)
+    line = refused(run, "serve", "tiny-r1", "--port", "0", "--cpu-instructions", "avx2", *where)
+    assert "cpu_instructions = 'avx2'" in line
+    assert "set cpu_instructions: generic" in line
 
 
 def test_an_address_that_is_another_machines(run: Run) -> None:

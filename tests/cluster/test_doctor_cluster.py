@@ -16,6 +16,7 @@ from moray.cluster.diagnosis.cluster_checks import (
     check_cluster,
     check_ray_counts,
 )
+from moray.cluster.diagnosis.cpu_checks import check_instructions
 from moray.cluster.diagnosis.deployment_checks import check_deployment, known_kind
 from moray.cluster.diagnosis.facts import CpuFacts, NetworkFacts, NodeFacts, PortFacts
 from moray.cluster.diagnosis.findings import Finding, Level, merged, ok, warn
@@ -85,9 +86,40 @@ def test_nodes_without_gpus_beside_others_differ_in_nothing_that_matters() -> No
     assert {finding.level for finding in found} == {"ok"}
 
 
-def test_cpus_of_two_kinds_matter_where_experts_compute_on_them() -> None:
-    found = check_cluster([cpu_node(NAMES[0]), cpu_node(NAMES[1], cpu=CpuFacts(8, None, "AVX2"))])
-    assert ("cpus", "warn") in levels(found)
+NEWER, OLDER = CpuFacts(8, None, "AVX512", "avx512_bf16"), CpuFacts(8, None, "AVX2", "avx2")
+
+
+def test_cpus_of_two_kinds_matter_where_they_compute() -> None:
+    two = [cpu_node(NAMES[0], cpu=NEWER), cpu_node(NAMES[1], cpu=OLDER)]
+    (found,) = check_instructions(two, None)
+    assert (found.check, found.level) == ("cpus", "warn")
+    assert found.what == "several kinds: avx512_bf16 on 10.0.0.1, avx2 on 10.0.0.2"
+    assert found.what_to_do.endswith("set cpu_instructions: avx2")
+    assert check_instructions(two[:1] * 2, None) == []
+    with_gpus = [replace(facts, gpus=(L40S,)) for facts in two]
+    assert check_instructions(with_gpus, None) == []
+    assert levels(check_instructions(with_gpus, deployment(device="cpu"))) == {("cpus", "warn")}
+
+
+def test_cpus_that_differ_for_torch_alone() -> None:
+    """An AVX512 machine without bf16 arithmetic has the kernels of one with AVX2, and another torch."""
+    between = CpuFacts(8, None, "AVX512", "avx2")
+    (found,) = check_instructions([cpu_node(NAMES[0], cpu=OLDER), cpu_node(NAMES[1], cpu=between)], None)
+    assert "by which torch computes: AVX2 on 10.0.0.1, AVX512 on 10.0.0.2" in found.what
+    two = [cpu_node(NAMES[0], cpu=NEWER), cpu_node(NAMES[1], cpu=OLDER)]
+    (found,) = check_instructions(two, deployment(dtype="float32"))
+    assert "by which torch computes" in found.what
+
+
+def test_a_deployment_says_what_cpus_compute_with() -> None:
+    three = [cpu_node(NAMES[0], cpu=NEWER), cpu_node(NAMES[1], cpu=OLDER), cpu_node(NAMES[2], cpu=CpuFacts(8))]
+    (found,) = check_instructions(three[:2], deployment(cpu_instructions="avx2"))
+    assert (found.level, found.what) == ("ok", "all have avx2, as cpu_instructions asks for")
+    (found,) = check_instructions(three, deployment(cpu_instructions="avx512_bf16"))
+    assert found.level == "fail"
+    assert "'avx512_bf16', and the best is avx2 on 10.0.0.2, no kernels on 10.0.0.3" in found.what
+    assert found.what_to_do.startswith("set cpu_instructions: avx2, or have no processes there")
+    assert check_instructions([node()], deployment(cpu_instructions="amx")) == [], "nothing computes on its CPUs"
 
 
 def test_clocks_count_as_far_as_they_are_beyond_doubt() -> None:

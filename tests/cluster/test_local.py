@@ -16,6 +16,7 @@ from moray.actors.messages import GenerateRequest, TokenOutput
 from moray.cluster.local import LLM, LocalCluster
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ConfigError, ContextTooLongError, RequestError, RouterLostError
+from moray.kernels.cpu.library import Instructions, native
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
 
@@ -162,6 +163,27 @@ def test_status_and_bytes(llm: LLM, checkpoint: Path) -> None:
     assert all(p.data_bytes_read > 0 for p in status.processes)
     hosts = [p.data_bytes_read for p in status.processes if p.role == "expert_host"]
     assert hosts[0] == hosts[1]
+
+
+def test_instructions_of_cpus(checkpoint: Path) -> None:
+    library = native()
+    assert library is not None
+    if library.best < Instructions.AVX2:
+        pytest.skip("this machine has no AVX2")
+    try:
+        with LLM(checkpoint, experts=2, cpu_instructions="avx2") as llm:
+            assert library.used is Instructions.AVX2
+            assert {process.instructions for process in llm.cluster.status().processes} == {"avx2"}
+            before = llm.generate([PROMPT], max_tokens=6, temperature=0.0, ignore_eos=True)
+        with LLM(checkpoint, cpu_instructions="avx2") as llm:
+            assert llm.generate([PROMPT], max_tokens=6, temperature=0.0, ignore_eos=True) == before
+        with LLM(checkpoint) as llm:
+            assert library.used is library.best
+            assert {process.instructions for process in llm.cluster.status().processes} == {library.best.name.lower()}
+        with LLM(checkpoint, dtype="float32") as llm:
+            assert all(process.instructions.startswith("torch ") for process in llm.cluster.status().processes)
+    finally:
+        library.use(library.best)
 
 
 @pytest.fixture

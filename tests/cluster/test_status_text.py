@@ -54,6 +54,24 @@ def test_a_cluster_that_is_fine() -> None:
     ]
 
 
+def test_what_processes_compute_with() -> None:
+    """The standby is on a GPU."""
+    mixed = replace(
+        FINE,
+        processes=[
+            replace(FINE.processes[0], instructions="avx2"),
+            replace(FINE.processes[1], instructions="avx512_bf16"),
+            ProcessStatus("standby-0", "expert_host", 13, "n", "standby"),
+        ],
+    )
+    assert lines(mixed)[1:5] == [
+        "id role pid node computes with state read detail",
+        "expert-host-0 expert host 11 10.0.0.1 avx2 ready 2.0 MB",
+        "router-0 router 12 10.0.0.1 avx512_bf16 ready 0.0 MB",
+        "standby-0 expert host 13 n standby 0.0 MB",
+    ]
+
+
 def test_how_many_drafts_were_right() -> None:
     drafting = replace(FINE, routers=[replace(FINE.routers[0], drafted_tokens=40, accepted_tokens=38)])
     assert lines(drafting)[-2:] == [

@@ -58,6 +58,7 @@ def test_a_request_goes_on_and_nothing_is_started_again(
     cluster = start(routers=2)
     before = cluster.controller.directory()
     made = list(spawner.made)
+    eventually(lambda: all(process.instructions for process in cluster.controller.status().processes))
     processes = cluster.controller.status().processes
 
     def restart() -> None:
@@ -70,7 +71,7 @@ def test_a_request_goes_on_and_nothing_is_started_again(
     after = cluster.controller.directory()
     assert (after.routers, after.secret) == (before.routers, before.secret)
     assert cluster.controller.status().health == "ok"
-    assert sorted(map(str, cluster.controller.status().processes)) == sorted(map(str, processes))
+    eventually(lambda: sorted(map(str, cluster.controller.status().processes)) == sorted(map(str, processes)))
     assert "took_over" in [event.what for event in cluster.controller.status().events]
     assert cluster.controller.change(Wanted(experts=3)).epoch == 2
     assert tokens(ask(cluster.controller)) == expected

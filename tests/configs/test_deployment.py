@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from moray.cluster import assembly
-from moray.cluster.assembly import checkpoint_path, compute, drafts, max_context, router_settings
+from moray.cluster.assembly import checkpoint_path, compute, drafts, host_compute, max_context, router_settings
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ConfigError
 from moray.model.compute import Compute
@@ -78,6 +78,7 @@ def test_defaults_describe_the_embedded_model() -> None:
             {"link": "nccl", "experts": {"cold": {"hosts": 1}}},
             ["link = 'nccl'", "cold hosts have no GPU; use link: auto"],
         ),
+        ({"cpu_instructions": "sse"}, ["cpu_instructions = 'sse'", "avx512_bf16"]),
         ({"dtype": "float16"}, ["dtype = 'float16'", "bfloat16"]),
         ({"link": "ethernet"}, ["link = 'ethernet'", "gloo"]),
         ({"max_context": 1}, ["max_context = 1"]),
@@ -271,6 +272,39 @@ def test_what_is_computed_with_where_no_kernels_are(
 ) -> None:
     monkeypatch.setattr(assembly, "native", lambda: None)
     assert compute(Deployment.from_dict(raw), gpus=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "gpus", "expected"),
+    [
+        ({"cpu_instructions": "avx2"}, 0, replace(Compute.native(), instructions="avx2")),
+        ({"cpu_instructions": "generic"}, 0, replace(Compute.native(), instructions="generic")),
+        ({"cpu_instructions": "avx2"}, 1, Compute(CUDA, torch.bfloat16, keep_fp8=True)),
+    ],
+)
+def test_instructions_of_cpus(
+    raw: dict[str, Any], gpus: int, expected: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this machine has: it may be the controller's, where nothing is computed."""
+    monkeypatch.setattr(assembly, "native", lambda: None)
+    deployment = Deployment.from_dict(raw)
+    assert compute(deployment, gpus=gpus) == expected
+    assert host_compute(deployment, "cold-host-0", gpus=gpus).instructions == raw["cpu_instructions"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [({"dtype": "float32"}, "dtype = 'float32'"), ({"routers": {"kv_cache": "fp8"}}, "routers.kv_cache = 'fp8'")],
+)
+def test_instructions_that_torch_would_not_heed(raw: dict[str, Any], reason: str) -> None:
+    deployment = Deployment.from_dict(raw | {"cpu_instructions": "avx2"})
+    with pytest.raises(ConfigError, match=f"cpu_instructions = 'avx2' and {reason}: .* leave one out"):
+        compute(deployment, gpus=0)
+
+
+def test_cold_hosts_may_compute_by_torch_all_the_same() -> None:
+    raw = {"cpu_instructions": "avx2", "experts": {"cold": {"hosts": 1, "dtype": "float32"}}}
+    assert host_compute(Deployment.from_dict(raw), "cold-host-0", gpus=0) == Compute(CPU, torch.float32, keep_fp8=True)
 
 
 def test_a_gpu_that_is_not_there() -> None:
