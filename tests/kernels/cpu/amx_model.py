@@ -8,10 +8,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import moray.kernels.cpu
 from moray.kernels.cpu.library import Instructions, NativeLibrary
 
-SOURCES = Path(moray.kernels.cpu.__file__).parent / "native"
+SOURCES = Path(__file__).parents[3] / "kernels" / "cpu" / "native"
 
 
 @functools.cache
