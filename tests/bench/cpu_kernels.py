@@ -2,10 +2,11 @@
 
     python tests/bench/cpu_kernels.py [--threads N] [--hidden 1024 --intermediate 512 --experts 64 --top-k 8]
 
-One MoE layer of FP8 experts for so many tokens, on weights that are rotated out of the cache. Beside each, in turn, the time
-that reading the same bytes takes: a pass over a large bf16 matrix by the same threads, which is the floor. All weights are in
-huge pages where Linux has any. Medians; close everything else. torch keeps to one thread, since its own look for work for
-milliseconds and take the cores.
+A MoE layer of FP8 experts for so many tokens, by the native call that expert hosts make: a dozen layers one after the other, as
+in a step, so that weights come from memory, and the interpreter's part is small. Beside them, in turn, the time that reading
+the same bytes takes: a pass over a large bf16 matrix by the same threads, which is the floor. All weights are in huge pages
+where Linux has any. Medians; close everything else. torch keeps to one thread, since its own look for work for milliseconds and
+take the cores.
 
 Then sampling: rows of normal logits, natively and by the definition in torch, in turn.
 """
@@ -22,14 +23,14 @@ import torch
 from moray.actors.weight_copy import resident_bytes
 from moray.kernels.cpu.library import native, set_threads
 from moray.kernels.cpu.matrix import linear, pack
-from moray.kernels.experts import ExpertWeights, MlpWeights, grouped_mlp
+from moray.kernels.experts import ExpertWeights, MlpWeights
 from moray.kernels.fp8 import BLOCK, BlockWeight, quantize_blocks
-from moray.kernels.packed import PackedWeight
 from moray.kernels.sampling import RowSampling, _sample_reference, sample
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
-LAYERS = 3
-"""Sets of experts, used in turn: together far larger than a cache."""
+LAYERS = 12
+FEW_TOKENS, FEW_LAYERS = 64, 3
+"""From so many tokens on, so few layers: they take long, and the interpreter's part is none."""
 
 FLOOR_ROWS, FLOOR_COLUMNS = 131072, 1024
 
@@ -44,15 +45,18 @@ SAMPLED = {  # temperature, top_k, top_p, min_p
 }
 
 
-def drawn(rows: int, columns: int) -> PackedWeight:
+def drawn(rows: int, columns: int) -> BlockWeight:
     """Normal values, quantized: as in a checkpoint, few of them are subnormal, which some machines multiply more slowly."""
-    return pack(BlockWeight(*quantize_blocks(torch.randn(rows, columns) * 0.02)))
+    return BlockWeight(*quantize_blocks(torch.randn(rows, columns) * 0.02))
 
 
-def experts(count: int, hidden: int, intermediate: int) -> ExpertWeights:
-    return ExpertWeights(
-        {i: MlpWeights(drawn(2 * intermediate, hidden), drawn(hidden, intermediate)) for i in range(count)}
-    )
+def drawn_layers(experts: int, hidden: int, intermediate: int) -> list[ExpertWeights]:
+    """The same numbers in every layer, each time in memory of their own."""
+    mlps = [(drawn(2 * intermediate, hidden), drawn(hidden, intermediate)) for _ in range(experts)]
+    return [
+        ExpertWeights({i: MlpWeights(pack(gate_up), pack(down)) for i, (gate_up, down) in enumerate(mlps)})
+        for _ in range(LAYERS)
+    ]
 
 
 class Floor:
@@ -97,27 +101,31 @@ def main() -> None:
     assert library is not None, "Moray was installed without its CPU kernels"
     assert options.intermediate % BLOCK == 0, f"--intermediate {options.intermediate}: whole blocks of {BLOCK}"
     set_threads(options.threads, packed=True)
-    layers = [experts(options.experts, options.hidden, options.intermediate) for _ in range(LAYERS)]
+    layers = drawn_layers(options.experts, options.hidden, options.intermediate)
     floor = Floor()
     print(f"{library.used.name}, {options.threads} threads; reading: {floor.bytes_per_s() / 1e9:.1f} GB/s")
-    print("tokens  experts  us (median)     GB/s  GFLOP/s  times the floor")
+    print("tokens  experts  us a layer (median)     GB/s  GFLOP/s  times the floor")
     one = resident_bytes(layers[0][0])
     for tokens in TOKENS:
         ids = torch.stack([torch.randperm(options.experts)[: options.top_k] for _ in range(tokens)]).flatten()
         order = ids.sort(stable=True).indices
         rows, slots = (order // options.top_k).int(), ids[order].int()
-        x = torch.randn(tokens, options.hidden).bfloat16()
+        x, out = torch.randn(tokens, options.hidden).bfloat16(), torch.empty(len(ids), options.hidden).bfloat16()
         took, ratios = [], []
         touched = len(ids.unique())
-        for number in range(options.rounds):
+        used = [weights.packed for weights in layers[: LAYERS if tokens < FEW_TOKENS else FEW_LAYERS]]
+        where = x.data_ptr(), tokens, rows.data_ptr(), slots.data_ptr(), len(ids)
+        for _ in range(options.rounds):
             began = time.perf_counter()
-            grouped_mlp(x, rows, slots, layers[number % LAYERS])
-            took.append(time.perf_counter() - began)
+            for table in used:
+                assert table is not None
+                library.grouped_mlp(*where, table.address, table.num_slots, out.data_ptr())
+            took.append((time.perf_counter() - began) / len(used))
             ratios.append(took[-1] * floor.bytes_per_s() / (touched * one))
         seconds = statistics.median(took)
         flops = 6 * len(ids) * options.hidden * options.intermediate
         print(
-            f"{tokens:6} {touched:8} {seconds * 1e6:12.0f} {touched * one / seconds / 1e9:8.1f} {flops / seconds / 1e9:8.0f} "
+            f"{tokens:6} {touched:8} {seconds * 1e6:20.0f} {touched * one / seconds / 1e9:8.1f} {flops / seconds / 1e9:8.0f} "
             f"{statistics.median(ratios):16.2f}"
         )
     measure_sampling(options.rounds)
