@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..actors.background import run_in_background
 from .node_weights import Fetching, NodeWeights
-from .threads import threads_here
+from .threads import host_threads_here, threads_here
 
 if TYPE_CHECKING:
     from ..actors.links import LinkAddress, LinkKind
@@ -132,7 +132,9 @@ class ExpertHostWorker(_Worker):
         self._weights = NodeWeights(model, weights_dir)
         self._loads = False
         here = self._weights.path_if_here() if gently else None
-        self._host: FaultPoints = _started(lambda: _expert_host(compute, threads_here(threads, alike), here), gently)
+        self._host: FaultPoints = _started(
+            lambda: _expert_host(compute, host_threads_here(threads, alike), here), gently
+        )
         from ..model.progress import CountingProgress
 
         self._progress = CountingProgress()

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from moray.cluster import threads
-from moray.cluster.threads import cores_here, given_threads, most_on_a_node, share_of_cores, threads_here
+from moray.cluster.threads import (
+    cores_here,
+    given_threads,
+    host_threads_here,
+    most_on_a_node,
+    share_of_cores,
+    threads_here,
+)
 from moray.configs.deployment import Deployment
 from moray.configs.errors import ConfigError
 from moray.model.compute import Compute
@@ -50,6 +57,18 @@ def test_two_hosts_and_a_router_on_two_cores(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(threads, "cpu_limit", lambda: None)
     assert (threads_here(None, most_on_a_node(2, {}, [{"CPU": 3.0}])), threads_here(None, 1)) == (1, 2)
     assert threads_here(5, 2) == 5
+
+
+@pytest.mark.parametrize(
+    ("cores", "alike", "each"), [(2, 2, 2), (2, 1, 2), (2, 3, 1), (1, 1, 1), (3, 2, 2), (4, 2, 2), (64, 4, 16)]
+)
+def test_a_host_uses_the_core_of_one_that_is_done(
+    cores: int, alike: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than two threads on a core."""
+    monkeypatch.setattr(threads, "cores_here", lambda: cores)
+    assert host_threads_here(None, alike) == each
+    assert host_threads_here(5, alike) == 5
 
 
 @pytest.mark.parametrize(("limit", "cores"), [(None, 4), (8.0, 4), (2.5, 2), (0.3, 1)])
