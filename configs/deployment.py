@@ -55,7 +55,7 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 """Reserves nearly nothing of what the node of Ray's head alone offers, one of it, on every cluster."""
 
 
-CpuInstructions = Literal["auto", "generic", "avx2", "avx512_bf16", "amx"]
+CpuInstructions = Literal["auto", "generic", "avx2", "avx512", "avx512_bf16", "amx"]
 """What the native CPU kernels may be told to compute with; after `auto`, each beside all that come before it."""
 
 

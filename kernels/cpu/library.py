@@ -27,8 +27,9 @@ class Instructions(IntEnum):
 
     GENERIC = 1
     AVX2 = 2
-    AVX512_BF16 = 3
-    AMX = 4
+    AVX512 = 3
+    AVX512_BF16 = 4
+    AMX = 5
 
 
 class Matrix(Structure):

@@ -2,6 +2,8 @@
 #ifndef MORAY_AVX2_H
 #define MORAY_AVX2_H
 
+#include "codes_by_shifts.h"
+
 namespace {
 
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -31,13 +33,6 @@ INLINE Floats across(Floats x) {
     if constexpr (DISTANCE == 2) return (Floats)_mm256_permute_ps((__m256)x, 0x4E);
     return (Floats)_mm256_permute_ps((__m256)x, 0xB1);
 }
-
-// Codes of e4m3 become bf16 by shifts alone: put where bf16 has its sign, the lowest four bits of its exponent and its mantissa's
-// first three, a code is 2^-120 of its value, subnormals included. Activations are multiplied with a part of 2^120, and scales
-// with the rest, so that neither overflows: activations may be as large as 2^71, and what sums lose is below 2^-85.
-constexpr float CODES_BY_ACTIVATION = 0x1p56f, CODES_BY_SCALE = 0x1p64f;
-
-constexpr int32_t BITS_OF_CODE = static_cast<int32_t>(0x87F00000);
 
 // Two of four columns of eight rows' codes, as packed: pairs of bf16, in each of which the bits of BITS_OF_CODE count alone.
 template <int PAIR>

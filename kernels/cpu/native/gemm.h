@@ -10,7 +10,7 @@
 #include "tiles.h"
 #if defined(MORAY_ISA_AMX)
 #include "products_amx.h"
-#elif defined(MORAY_ISA_AVX512)
+#elif defined(MORAY_ISA_BF16)
 #include "products_bf16.h"
 #else
 #include "products_f32.h"

@@ -54,8 +54,10 @@ int moray_cpu_best(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512vl")) {
+        if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512bf16")) return MORAY_AVX512;
         return moray_cpu_amx() > 0 ? MORAY_AMX : MORAY_AVX512_BF16;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return MORAY_AVX2;
 #endif
     return MORAY_GENERIC;
@@ -68,7 +70,8 @@ int moray_cpu_use(int instructions) {
 #if __has_include(<amxtileintrin.h>)
     if (instructions == MORAY_AMX) chosen = &moray::amx_kernels;
 #endif
-    if (instructions == MORAY_AVX512_BF16) chosen = &moray::avx512_kernels;
+    if (instructions == MORAY_AVX512_BF16) chosen = &moray::avx512_bf16_kernels;
+    if (instructions == MORAY_AVX512) chosen = &moray::avx512_kernels;
     if (instructions == MORAY_AVX2) chosen = &moray::avx2_kernels;
 #endif
     chosen->prepare();

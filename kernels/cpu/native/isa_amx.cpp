@@ -7,6 +7,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,fma,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
 #define MORAY_ISA_AVX512
+#define MORAY_ISA_BF16
 #define MORAY_ISA_AMX
 #define MORAY_TABLE amx_kernels
 #include "entry_points.h"

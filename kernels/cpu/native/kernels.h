@@ -20,7 +20,7 @@ struct Kernels {
 
 extern const Kernels generic_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avx512_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 #if __has_include(<amxtileintrin.h>)
 extern const Kernels amx_kernels;
 #endif

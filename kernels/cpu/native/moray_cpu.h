@@ -63,7 +63,7 @@ typedef struct {
 } moray_sampling;
 
 // Instruction sets, best first; moray_cpu_best gives the best that this machine has.
-enum { MORAY_AMX = 4, MORAY_AVX512_BF16 = 3, MORAY_AVX2 = 2, MORAY_GENERIC = 1 };
+enum { MORAY_AMX = 5, MORAY_AVX512_BF16 = 4, MORAY_AVX512 = 3, MORAY_AVX2 = 2, MORAY_GENERIC = 1 };
 int moray_cpu_best(void);
 int moray_cpu_use(int instructions);   // 0, or -1 if this machine has no such instructions
 int moray_cpu_used(void);

@@ -10,7 +10,8 @@ namespace {
 constexpr int STRIPS = TILE / LANES;  // registers that a tile's outputs take
 constexpr int STRIP = 4 * LANES;      // bytes of a packed line of 64 that belong to one of them
 
-// Rows computed together: 12 sums, 2 registers of weights, and one of a row's; where weights are decoded, fewer are left.
+// Rows computed together: 12 sums, 2 registers of weights, and one of a row's; where weights are decoded, fewer are left. With
+// AVX512 twice as many of each, since there are 32 registers.
 template <int KIND>
 constexpr int ROWS = KIND == MORAY_E4M3 ? 5 : 6;
 constexpr int DIRECT = 7;  // up to so many rows codes are decoded where they are used; for more, once, into the first cache
@@ -113,9 +114,9 @@ static __attribute__((noinline)) void multiply(const float *x, const Columns &co
 }
 
 // Tiles that R rows are multiplied with at once: so many that their sums, each a chain, keep the multipliers busy, and that they
-// fit the registers.
+// fit the registers. (AVX512: one at a time took 1.4 times as long for many rows, on Zen 4.)
 template <int R>
-constexpr int WIDE = LANES < 8 ? 1 : R == 1 ? 4 : R == 2 ? 2 : 1;
+constexpr int WIDE = LANES < 8 ? 1 : LANES == 16 || R == 1 ? 4 : R == 2 ? 2 : 1;
 
 template <int R, int KIND, int TILES = WIDE<R>>
 static void multiply_tiles(const float *x, Columns columns, int tiles, float *totals, int64_t row_stride) {
@@ -161,29 +162,38 @@ INLINE void widen_rows(const bf16 *const *x, int rows, int begin, int end, float
     }
 }
 
-// The columns of a tile as bf16 into `decoded`, a line of two columns after the other.
-INLINE void decode_tile(const Columns &columns, uint8_t *decoded) {
+// Tiles whose codes are decoded together: those that many rows are multiplied with at once.
+constexpr int DECODED = WIDE<6>;
+
+// The columns of some tiles as bf16 into `decoded`: two columns of each of them, the next two, and so on.
+template <int TILES>
+INLINE void decode_tiles(const Columns &columns, uint8_t *decoded) {
     constexpr int32_t BITS = BITS_OF_CODE | static_cast<int32_t>(static_cast<uint32_t>(BITS_OF_CODE) >> 16);
     const uint8_t *at = columns.data, *ahead = columns.ahead ? columns.ahead : at;
-    for (int k = 0; k < columns.count; k += 4, at += columns.step, ahead += columns.step, decoded += 128) {
-        fetch(ahead);
+    for (int k = 0; k < columns.count; k += 4, at += columns.step, ahead += columns.step, decoded += 128 * TILES)
 #pragma GCC unroll 4
-        for (int strip = 0; strip < 64; strip += STRIP) {
-            store_words(decoded + strip, decoded_pair<0>(at + strip) & BITS);
-            store_words(decoded + 64 + strip, decoded_pair<1>(at + strip) & BITS);
+        for (int tile = 0; tile < 64 * TILES; tile += 64) {
+            fetch(ahead + tile);
+#pragma GCC unroll 4
+            for (int strip = tile; strip < tile + 64; strip += STRIP) {
+                store_words(decoded + strip, decoded_pair<0>(at + strip) & BITS);
+                store_words(decoded + 64 * TILES + strip, decoded_pair<1>(at + strip) & BITS);
+            }
         }
-    }
 }
 
 // totals[r][t][16] += scale x[r] . tile[t] of codes, over a block of columns; x [rows, BLOCK].
+template <int TILES = DECODED>
 static void multiply_codes(const float *x, int rows, Columns columns, int tiles, float *totals, int64_t row_stride) {
     if (rows <= DIRECT) return multiply_rows<MORAY_E4M3>(x, rows, columns, tiles, totals, row_stride);
-    alignas(64) uint8_t decoded[sizeof(bf16) * BLOCK * TILE];
-    for (; tiles > 0; tiles--, columns.data += 64, totals += TILE) {
-        decode_tile(columns, decoded);
-        if (columns.ahead) columns.ahead += 64;
-        multiply_rows<MORAY_BF16>(x, rows, {decoded, 64, columns.count, columns.scale, nullptr}, 1, totals, row_stride);
+    alignas(64) uint8_t decoded[sizeof(bf16) * BLOCK * TILE * TILES];
+    for (; tiles >= TILES; tiles -= TILES, columns.data += 64 * TILES, totals += TILE * TILES) {
+        decode_tiles<TILES>(columns, decoded);
+        if (columns.ahead) columns.ahead += 64 * TILES;
+        multiply_rows<MORAY_BF16>(x, rows, {decoded, 64 * TILES, columns.count, columns.scale, nullptr}, TILES, totals, row_stride);
     }
+    if constexpr (TILES > 1)
+        if (tiles) multiply_codes<TILES / 2>(x, rows, columns, tiles, totals, row_stride);
 }
 
 // totals[r][t][16] = x[r] . tile[t] over all `cols` columns, for at most ROW_BLOCK rows.
