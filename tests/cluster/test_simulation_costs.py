@@ -271,6 +271,15 @@ def test_what_a_router_does_is_timed_part_by_part(parts: Parts, monkeypatch: pyt
     assert [seconds for _, seconds in parts_timing.shared_samples(parts)] == [0.25] * 5
 
 
+def test_a_router_with_native_kernels_is_timed(tmp_path: Path) -> None:
+    """As every CPU is calibrated that has them."""
+    settings: RouterSettings = replace(SETTINGS, max_context=260, token_budget=256, max_running=64, pages=1024)
+    checkpoint = write_random_checkpoint(tmp_path, dtype="fp8", seed=3)
+    steps = parts_timing.step_samples(Parts.load(checkpoint, Compute.native(), lambda _: settings), lambda *_: 0.0)
+    assert len(steps) == 6
+    assert all(seconds > 0 for _, seconds in steps)
+
+
 def test_hosts_in_processes_of_their_own_are_timed(parts: Parts) -> None:
     found = parts_timing.link_samples(parts, most_hosts=1, layers=2)
     assert len(found.router) == len(found.host)
