@@ -26,10 +26,11 @@ class DispatchCounts:
     def __init__(self, table: PlacementTable) -> None:
         self.expert_tokens: IntArray = np.zeros((table.layers, table.experts), dtype=np.int64)
         self.first_layer = table.first_layer
+        self._address, self._row_bytes = self.expert_tokens.ctypes.data, self.expert_tokens.strides[0]
         self.sequence = 0
         self.wait_s = 0.0
         self.resent_shares = self.hedged_shares = self.fenced_hosts = 0
 
     def address(self, layer: int) -> int:
         """Of a model layer's row of `expert_tokens`, for native code to count in."""
-        return self.expert_tokens.ctypes.data + (layer - self.first_layer) * self.expert_tokens.strides[0]
+        return self._address + (layer - self.first_layer) * self._row_bytes

@@ -168,7 +168,9 @@ class ExpertDispatch:
         self._receiver.attend()
         if self._hosts.unreachable:
             raise self._hosts.unavailable()
-        claim = PendingExperts(self._hosts.table, layer, hidden_states, topk_ids.cpu(), topk_weights)
+        if not topk_ids.is_cpu:
+            topk_ids = topk_ids.cpu()
+        claim = PendingExperts(self._hosts.table, layer, hidden_states, topk_ids, topk_weights)
         if self._native is None or not self._native.ask(claim):
             self._asker.cover(claim)
         return claim

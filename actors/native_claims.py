@@ -26,7 +26,7 @@ class NativeClaims:
     def ask(self, claim: PendingExperts) -> bool:
         """Ask for all pairs of a claim, where that is all there is to do; whether it was done."""
         hosts, counts, states = self._hosts, self._counts, claim.hidden_states
-        if states.device.type != "cpu" or states.dtype != torch.bfloat16 or claim.topk_ids.dtype != torch.int64:
+        if not states.is_cpu or states.dtype != torch.bfloat16 or claim.topk_ids.dtype != torch.int64:
             return False
         if not hosts.idle:
             return False  # replies come in order, and those to others are taken in Python

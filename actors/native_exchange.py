@@ -7,7 +7,7 @@ It does what is ordinary: every host owes nothing, has room for its frame, and a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from ctypes import Array, byref, pointer
+from ctypes import Array, addressof, byref
 
 import numpy as np
 import torch
@@ -194,7 +194,7 @@ class NativeExchange:
                     asked.link = None
                 else:
                     self._lent.append(line.link)
-                    asked.link = pointer(state)
+                    asked.link = addressof(state)
             lent = bool(self._lent)
         except LinkError:
             pass  # who uses it next will find that as well, and does something about it

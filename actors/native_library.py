@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import logging
 import threading
-from ctypes import POINTER, Structure, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Array, Structure, c_int, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 from enum import IntEnum
 
 from ..kernels.cpu.library import declared
@@ -19,6 +19,7 @@ from ..kernels.cpu.library import declared
 logger = logging.getLogger("moray.actors")
 
 _PACKET_BYTES = 128
+_SLOTS = 3
 
 
 class Outcome(IntEnum):
@@ -37,6 +38,7 @@ class LinkState(Structure):
     sent: int
     received: int
     arrived: int
+    slots: Array[c_uint8]
 
     _fields_ = [
         *((name, c_int32) for name in ("fd", "error", "spin_rest", "spin_next_rest")),
@@ -45,6 +47,7 @@ class LinkState(Structure):
         *((name, c_uint64) for name in ("incoming_slot_bytes", "outgoing_slot_bytes")),
         ("packet_bytes", c_int32),
         ("packet", c_uint8 * _PACKET_BYTES),
+        ("slots", c_uint8 * _SLOTS),
     ]
 
 
@@ -73,11 +76,12 @@ class Asked(Structure):
     """`moray_asked`."""
 
     _fields_ = [
-        ("link", POINTER(LinkState)),
+        ("link", c_void_p),  # of a LinkState
         ("sequence", c_uint64),
         *((name, c_int32) for name in ("begin", "end", "sent", "answered")),
         *((name, c_int64) for name in ("answer_ns", "sent_ns")),
         ("packet", c_uint8 * _PACKET_BYTES),
+        ("reply", c_void_p),
     ]
 
 

@@ -30,7 +30,6 @@ class PendingExperts:
 
     Attributes:
         hidden_states, topk_ids, topk_weights: as given, contiguous.
-        experts: [T * K] expert of each pair.
         left: pairs that are open.
         asked: whether the pairs have been sent out once.
         hedged: whether some were asked of a second host before the first had answered.
@@ -49,15 +48,22 @@ class PendingExperts:
         self.epoch = table.epoch
         self.hidden_states = hidden_states.contiguous()
         self.topk_ids, self.topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
-        self.experts: IntArray = self.topk_ids.numpy().ravel()
-        self.left = len(self.experts)
+        self._tokens, self._top_k = topk_ids.shape
+        self.left = self._tokens * self._top_k
         self.asked = self.hedged = False
         self.refused: dict[str, str] = {}
-        self._tokens, self._top_k = topk_ids.shape
         self._width = hidden_states.shape[1]
         self._all_experts = table.experts
-        self._in_memory = hidden_states.device.type == "cpu"
         self._answers: list[tuple[IntArray, torch.Tensor]] = []
+
+    # What a claim needs only where Python asks or answers is made then: each call of torch or numpy costs ten microseconds and
+    # more in the middle of a layer, whose tensors have left nothing of Python in the caches.
+
+    @cached_property
+    def experts(self) -> IntArray:
+        """[T * K] expert of each pair."""
+        experts: IntArray = self.topk_ids.numpy().ravel()
+        return experts
 
     @cached_property
     def load(self) -> IntArray:
@@ -67,7 +73,7 @@ class PendingExperts:
     @cached_property
     def is_open(self) -> npt.NDArray[np.bool_]:
         """[T * K] whether nobody has answered the pair."""
-        return np.ones(len(self.experts), dtype=np.bool_)
+        return np.ones(self._tokens * self._top_k, dtype=np.bool_)
 
     def result(self) -> torch.Tensor:
         """The sum over K in top-k order: [T, H] in fp32. Once no pair is left."""
@@ -98,7 +104,7 @@ class PendingExperts:
         hidden, count = self.hidden_states, len(share.pairs)
         rows, row_of_pair = _rows(share.pairs, self._tokens, self._top_k)
         room = None
-        if self._in_memory:
+        if hidden.is_cpu:
             tokens = self._tokens if rows is None else len(rows)
             forms = (hidden.dtype, (tokens, self._width)), (torch.int32, (2, count))
             room = link.prepare(forms, deadline=deadline)

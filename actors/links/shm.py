@@ -27,7 +27,7 @@ from .base import Frame, Link, LinkAddress, Listener
 from .handshake import authenticate
 from .lifecycle import GuardedLink
 from .machine import machine_identity
-from .shm_memory import SLOTS, Arena, ControlPage, slot_bytes_for
+from .shm_memory import SLOTS, Arena, ControlPage, frame_and_slot, place_of, slot_bytes_for
 from .sockets import SocketWaiter, Spin, shut_down
 from .wire import (
     MAX_MESSAGE_BYTES,
@@ -100,18 +100,24 @@ class ShmLink(GuardedLink):
 
     def _prepare(self, payload: Payload, deadline: Deadline) -> tuple[torch.Tensor, ...] | None:
         arena = self._room_for(payload, deadline)
-        return None if arena is None else arena.tensors(self._state.sent, payload)
+        return None if arena is None else arena.tensors(self._slot, payload)
 
     def _send(self, header: bytes, tensors: Sequence[torch.Tensor], payload: Payload, deadline: Deadline) -> None:
         if tensors is not self._prepared:
             arena = self._room_for(payload, deadline)
             if arena is not None:
-                write_payload(arena.slot(self._state.sent), payload, tensors)
-        self._packets.send(encode(MessageType.FRAME, self._state.sent, header, payload), deadline=deadline)
+                write_payload(arena.slot(self._slot), payload, tensors)
+        place = place_of(self._state.sent, self._slot)
+        self._packets.send(encode(MessageType.FRAME, place, header, payload), deadline=deadline)
         self._state.sent += 1
 
+    @property
+    def _slot(self) -> int:
+        """Of the next frame, once there is room for it."""
+        return self._state.slots[self._state.sent % SLOTS]
+
     def _room_for(self, payload: Payload, deadline: Deadline) -> Arena | None:
-        """The arena whose next slot is free and takes the payload; None where it has no bytes."""
+        """The arena whose slot of the next frame is free and takes the payload; None where it has no bytes."""
         self._wait_for_slot(deadline)
         if payload.nbytes and (self._outgoing is None or self._outgoing.slot_bytes < payload.nbytes):
             self._send_through(self._offer_arena(slot_bytes_for(payload.nbytes), deadline))
@@ -125,7 +131,7 @@ class ShmLink(GuardedLink):
         self._state.received += 1
         if arena is None:
             return Frame(message.header, read_payload(torch.empty(0, dtype=torch.uint8), message.payload))
-        return Frame(message.header, arena.tensors(message.sequence, message.payload))
+        return Frame(message.header, arena.tensors(frame_and_slot(message.sequence)[1], message.payload))
 
     def _wait(self, deadline: Deadline) -> bool:
         while not self._pending:
@@ -147,12 +153,12 @@ class ShmLink(GuardedLink):
         self._pending.clear()
 
     def _wait_for_slot(self, deadline: Deadline) -> None:
-        if self._free_slots():
+        if self._take_free_slot():
             return
         page = self._control_page()
         page.wait_for_slot(True)
         try:
-            while not self._free_slots():
+            while not self._take_free_slot():
                 if deadline.passed:
                     raise PeerTimeoutError(self.peer, f"has left {SLOTS} frames unread until the deadline")
                 if self._packets.wait(Deadline(min(deadline.at, Deadline.after(_RECHECK_S).at))):
@@ -160,11 +166,17 @@ class ShmLink(GuardedLink):
         finally:
             page.wait_for_slot(False)
 
-    def _free_slots(self) -> int:
-        unreleased = self._state.sent - self._control_page().released_by_peer
+    def _take_free_slot(self) -> bool:
+        """Put the next frame into the first slot that is free; False if none is."""
+        state = self._state
+        unreleased = state.sent - self._control_page().released_by_peer
         if not 0 <= unreleased <= SLOTS:
             raise LinkError(self.peer, f"corrupted the control page: {unreleased} frames unreleased")
-        return SLOTS - unreleased
+        used = {state.slots[frame % SLOTS] for frame in range(state.sent - unreleased, state.sent)}
+        free = next((slot for slot in range(SLOTS) if slot not in used), None)
+        if free is not None:
+            state.slots[state.sent % SLOTS] = free
+        return free is not None
 
     def _release_received(self) -> None:
         """By the contract of `Frame`, the caller is done with the previous one."""
@@ -207,8 +219,9 @@ class ShmLink(GuardedLink):
             return True  # the waiting sender looks at the counter
         if message.type is not MessageType.FRAME:
             raise LinkError(self.peer, f"sent a {message.type.name} message on an established link")
-        if message.sequence != self._state.arrived or self._state.arrived - self._state.received >= SLOTS:
-            raise LinkError(self.peer, f"sent frame {message.sequence} where {self._state.arrived} belongs")
+        frame, _ = frame_and_slot(message.sequence)
+        if frame != self._state.arrived or self._state.arrived - self._state.received >= SLOTS:
+            raise LinkError(self.peer, f"sent frame {frame} where {self._state.arrived} belongs")
         arena = None
         if message.payload.nbytes:
             arena = self._incoming

@@ -26,7 +26,7 @@ from .wire import ALIGNMENT, MAX_PAYLOAD_BYTES, Payload, read_payload
 
 SLOTS: Final = 3
 """Frames of one direction in memory at a time: two that the peer has not asked for (`FRAMES_IN_FLIGHT`), and one that
-it may still be reading. Few slots also keep small frames in cache: they are reused at once."""
+it may still be reading."""
 
 MIN_SLOT_BYTES: Final = 64 * 1024
 """First arena: holds 4 tokens x 7168 in bf16. Untouched pages cost nothing, so sizes grow by powers of two."""
@@ -43,13 +43,27 @@ _LINE: Final = 8
 """Counters are 8 words, one cache line, apart: the two ends never write to the same line."""
 
 
+def place_of(frame: int, slot: int) -> int:
+    """What the packet of the `frame`-th frame says: its number, and in which slot the sender has put it, in one word."""
+    return frame * SLOTS + slot
+
+
+def frame_and_slot(place: int) -> tuple[int, int]:
+    """The inverse of `place_of`."""
+    return divmod(place, SLOTS)
+
+
 def slot_bytes_for(payload_bytes: int) -> int:
     """The slot size of an arena that takes frames of `payload_bytes`."""
     return max(MIN_SLOT_BYTES, 1 << (payload_bytes - 1).bit_length())
 
 
 class Arena:
-    """`SLOTS` equally large slots, used in turn by the frames of one direction."""
+    """`SLOTS` equally large slots for the frames of one direction, each in the first one that is free.
+
+    In turn they would be three times the memory: where frames are megabytes, those of 64 tokens and two hosts filled 27 MB, and
+    each was read and written through the memory, not through a cache that both ends share.
+    """
 
     def __init__(self, mapping: mmap.mmap, slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
@@ -77,19 +91,19 @@ class Arena:
         """Where it begins; valid as long as the arena is there."""
         return self._bytes.data_ptr()
 
-    def slot(self, frame: int) -> torch.Tensor:
-        """The slot of the `frame`-th frame as uint8 [slot_bytes]."""
-        return self._bytes.narrow(0, frame % SLOTS * self.slot_bytes, self.slot_bytes)
+    def slot(self, slot: int) -> torch.Tensor:
+        """A slot as uint8 [slot_bytes]."""
+        return self._bytes.narrow(0, slot * self.slot_bytes, self.slot_bytes)
 
-    def tensors(self, frame: int, payload: Payload) -> tuple[torch.Tensor, ...]:
-        """The tensors of the `frame`-th frame, in its slot."""
-        key = frame % SLOTS, payload.encoded
+    def tensors(self, slot: int, payload: Payload) -> tuple[torch.Tensor, ...]:
+        """The tensors of a frame, in its slot."""
+        key = slot, payload.encoded
         found = self._tensors.get(key)
         if found is None:
             if len(self._tensors) == _LAYOUTS_KEPT:
                 self._tensors.clear()
             with torch.inference_mode(False):
-                found = self._tensors[key] = read_payload(self.slot(frame), payload)
+                found = self._tensors[key] = read_payload(self.slot(slot), payload)
         return found
 
 

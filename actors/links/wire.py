@@ -26,7 +26,7 @@ from ...configs.errors import LinkError
 from .base import MAX_HEADER_BYTES, TensorForm
 
 MAGIC: Final = 0x59524F4D  # "MORY", little-endian
-WIRE_VERSION: Final = 1
+WIRE_VERSION: Final = 2
 MAX_TENSORS: Final = 64
 MAX_DIMS: Final = 8
 MAX_PAYLOAD_BYTES: Final = 1 << 30

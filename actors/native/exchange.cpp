@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "shm_link.h"
 
@@ -20,19 +21,26 @@ bool sort_pairs(moray_exchange &x) {
     const moray_routes &routes = x.routes;
     const bool several = routes.most > 1;
     if (several && moray_choose_replicas(x.experts, pairs, &routes, x.replicas) != MORAY_DONE) return false;
+    const auto key = [&](int32_t p) {
+        return routes.keys[(several ? x.replicas[p] : 0) * routes.all_experts + x.experts[p]];
+    };
+    // Counted instead of compared, which takes ten times as long for 512 pairs: nothing of it can be predicted.
+    int32_t ends[1 << 16];  // of each key's pairs; at first of those before
+    const int64_t keys = int64_t{routes.hosts} * routes.width;
+    if (keys > 1 << 16) return false;
+    std::fill_n(ends, keys, 0);
     for (int32_t p = 0; p < pairs; p++) {
-        if (x.experts[p] < 0 || x.experts[p] >= routes.all_experts) return false;
-        const uint16_t key = routes.keys[(several ? x.replicas[p] : 0) * routes.all_experts + x.experts[p]];
-        if (key / routes.width >= routes.hosts) return false;
-        x.sorted[p] = static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(p);
+        if (x.experts[p] < 0 || x.experts[p] >= routes.all_experts || key(p) >= keys) return false;
+        ends[key(p)]++;
     }
-    std::sort(x.sorted, x.sorted + pairs);
+    int32_t before = 0;
+    for (int64_t k = 0; k < keys; k++) before += std::exchange(ends[k], before);
+    for (int32_t p = 0; p < pairs; p++)
+        x.sorted[ends[key(p)]++] = static_cast<uint64_t>(key(p)) << 32 | static_cast<uint32_t>(p);
     int32_t at = 0;
-    for (int32_t h = 0; h < x.routes.hosts; h++) {
-        moray_asked &host = x.asked[h];
-        host.begin = at;
-        while (at < pairs && key_of(x.sorted[at]) / x.routes.width == h) at++;
-        host.end = at;
+    for (int32_t h = 0; h < routes.hosts; h++) {
+        x.asked[h].begin = at;
+        x.asked[h].end = at = ends[(h + 1) * int64_t{routes.width} - 1];
     }
     return true;
 }
@@ -49,7 +57,6 @@ uint64_t number_tokens(moray_exchange &x, const moray_asked &host) {
 
 Work work_of(const moray_exchange &x, const moray_asked &host) {
     Work work = {};
-    work.frame = host.link->sent;
     work.hidden = static_cast<uint64_t>(x.hidden);
     work.pairs = static_cast<uint64_t>(host.end - host.begin);
     work.layer = static_cast<uint16_t>(x.layer);
@@ -62,8 +69,10 @@ Work work_of(const moray_exchange &x, const moray_asked &host) {
 bool write(moray_exchange &x, moray_asked &host, int32_t slot_0) {
     Work work = work_of(x, host);
     work.tokens = number_tokens(x, host);
-    uint8_t *request = encode_work(work, host.packet) ? outgoing(*host.link, work.payload_bytes) : nullptr;
+    uint8_t *request = lay_out(work) ? outgoing(*host.link, work.payload_bytes) : nullptr;
     if (!request) return false;
+    work.place = next_place(*host.link);
+    encode_work(work, host.packet);
     const int64_t width = x.hidden;
     for (int32_t t = 0; t < x.tokens; t++)
         if (x.row_of_token[t] >= 0)
@@ -89,9 +98,10 @@ Reply look(const moray_exchange &x, moray_asked &host) {
         case Arrival::PACKET: break;
     }
     const Work work = work_of(x, host);
-    encode_done(work, host.link->arrived, expected);
-    if (memcmp(packet, expected, DONE_BYTES) || !incoming(*host.link, host.link->arrived, 2 * work.pairs * work.hidden))
-        return Reply::OTHER;
+    const uint64_t place = place_in(packet);
+    encode_done(work, place, expected);
+    host.reply = incoming(*host.link, place, 2 * work.pairs * work.hidden);
+    if (memcmp(packet, expected, DONE_BYTES) || !host.reply) return Reply::OTHER;
     host.answered = 1;
     host.answer_ns = now_ns() - host.sent_ns;
     return Reply::GOOD;
@@ -162,6 +172,8 @@ int moray_ask_experts(moray_exchange *exchange) {
         host.sequence = ++x.sequence;
         if (!host.link || !write(x, host, h * x.routes.width)) return MORAY_LEFT;
     }
+    // Not each as soon as its frame is written: the last one decides when all have answered, and it is told no sooner so. On two
+    // cores it was often put behind the first one, which had begun to compute on the other core, and waited for it to end.
     bool all = true;
     for (int32_t h = 0; h < x.routes.hosts; h++) {
         moray_asked &host = x.asked[h];
@@ -184,15 +196,18 @@ int moray_collect_experts(moray_exchange *exchange, int32_t microseconds, float 
     for (int32_t h = 0; h < x.routes.hosts; h++) {
         const moray_asked &host = x.asked[h];
         if (!is_asked(host)) continue;
-        const Work work = work_of(x, host);
-        const uint8_t *reply = incoming(*host.link, host.link->arrived, 2 * work.pairs * work.hidden);
+        const uint8_t *reply = host.reply;
         for (int32_t i = host.begin; i < host.end; i++, reply += 2 * x.hidden)
             x.outputs[pair_of(x.sorted[i])] = reinterpret_cast<const uint16_t *>(reply);
     }
     x.combine(x.outputs, x.weights, x.tokens, x.top_k, x.hidden, out);
-    for (int32_t h = 0; h < x.routes.hosts; h++)
-        // A socket that gives its packet no more is one that was shut down meanwhile, and the next operation will say so.
-        if (is_asked(x.asked[h])) take(*x.asked[h].link, DONE_BYTES);
+    for (int32_t h = 0; h < x.routes.hosts; h++) {
+        if (!is_asked(x.asked[h])) continue;
+        // A socket that gives its packet no more is one that was shut down meanwhile, and the next operation will say so. So it
+        // is with a host that wants to hear of the release: the next collection will find that.
+        take(*x.asked[h].link, DONE_BYTES);
+        release_received(*x.asked[h].link);
+    }
     for (int32_t p = 0; p < x.tokens * x.top_k; p++)
         __atomic_store_n(&load[x.experts[p]], load[x.experts[p]] + 1, __ATOMIC_RELAXED);
     return MORAY_DONE;

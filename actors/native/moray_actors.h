@@ -23,6 +23,7 @@ enum {
 };
 
 #define MORAY_PACKET_BYTES 128
+#define MORAY_SLOTS 3  // of an arena: actors/links/shm_memory.py
 
 // One end of a link. Addresses and the file descriptor stay valid for the length of a call; the caller alone uses them.
 typedef struct {
@@ -37,6 +38,7 @@ typedef struct {
     uint64_t incoming_slot_bytes, outgoing_slot_bytes;
     int32_t packet_bytes;  // of MORAY_UNSENT
     uint8_t packet[MORAY_PACKET_BYTES];
+    uint8_t slots[MORAY_SLOTS];  // where the last frames sent lie, and the next one will: frame n at n % MORAY_SLOTS
 } moray_link;
 
 // moray_grouped_mlp of kernels/cpu/native/moray_cpu.h, whose address the caller knows.
@@ -88,6 +90,7 @@ typedef struct {
     int64_t answer_ns;   // from its frame's sending to its reply
     int64_t sent_ns;
     uint8_t packet[MORAY_PACKET_BYTES];  // room
+    const uint8_t *reply;                // once it has answered
 } moray_asked;
 
 // Where one layer's experts can be asked for.

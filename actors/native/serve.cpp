@@ -70,7 +70,7 @@ Did answer(moray_link &link, const moray_expert_table &table, moray_turn &turn, 
     if (!decode_work(packet, work)) return Did::LEFT;
     const moray_layer_experts *experts = find(table, work.epoch, work.layer);
     if (!experts || experts->hidden < 0 || static_cast<uint64_t>(experts->hidden) != work.hidden) return Did::LEFT;
-    const uint8_t *request = incoming(link, work.frame, work.payload_bytes);
+    const uint8_t *request = incoming(link, work.place, work.payload_bytes);
     uint8_t *reply = outgoing(link, 2 * work.pairs * work.hidden);
     if (!request || !reply || !release_received(link)) return Did::LEFT;
 
@@ -88,9 +88,10 @@ Did answer(moray_link &link, const moray_expert_table &table, moray_turn &turn, 
     add(turn.frames, failed ? 0 : 1);
     turn.mutex.unlock();
     if (failed || !take(link, WORK_BYTES)) return Did::LEFT;
+    release_received(link);  // before the router hears of the reply; if it wants to hear of this, the next request is LEFT
 
     uint8_t done[DONE_BYTES];
-    encode_done(work, link.sent, done);
+    encode_done(work, next_place(link), done);
     return send(link, done, DONE_BYTES) ? Did::ANSWERED : Did::UNSENT;
 }
 

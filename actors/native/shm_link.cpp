@@ -46,18 +46,23 @@ Arrival wait(moray_link &link, uint8_t *packet, size_t bytes, int64_t until_ns) 
     return found == Arrival::NOTHING ? Arrival::OTHER : found;  // it hung up, or something is wrong: Python asks again
 }
 
-const uint8_t *incoming(const moray_link &link, uint64_t frame, uint64_t payload_bytes) {
-    if (frame != link.arrived || link.arrived != link.received || !link.incoming) return nullptr;
+const uint8_t *incoming(const moray_link &link, uint64_t place, uint64_t payload_bytes) {
+    if (place / SLOTS != link.arrived || link.arrived != link.received || !link.incoming) return nullptr;
     // The peer chose how large its slots are: where they are not aligned, neither are the tensors in them.
     if (link.incoming_slot_bytes < payload_bytes || link.incoming_slot_bytes % ALIGNMENT) return nullptr;
-    return link.incoming + frame % SLOTS * link.incoming_slot_bytes;
+    return link.incoming + place % SLOTS * link.incoming_slot_bytes;
 }
 
-uint8_t *outgoing(const moray_link &link, uint64_t bytes) {
+uint8_t *outgoing(moray_link &link, uint64_t bytes) {
     const uint64_t unreleased = link.sent - read_once(link.released_by_peer);
     if (unreleased >= SLOTS) return nullptr;  // all of them are in use, or the peer wrote nonsense
     if (!link.outgoing || link.outgoing_slot_bytes < bytes) return nullptr;
-    return link.outgoing + link.sent % SLOTS * link.outgoing_slot_bytes;
+    uint32_t used = 0;
+    for (uint64_t frame = link.sent - unreleased; frame != link.sent; frame++) used |= 1u << link.slots[frame % SLOTS];
+    uint8_t slot = 0;
+    while (used >> slot & 1) slot++;
+    link.slots[link.sent % SLOTS] = slot;
+    return link.outgoing + slot * link.outgoing_slot_bytes;
 }
 
 bool release_received(const moray_link &link) {

@@ -37,12 +37,15 @@ struct Spin {
 };
 
 // Where a frame of so many bytes lies whose packet was peeked at; NULL if that is for Python to say or to refuse.
-const uint8_t *incoming(const moray_link &link, uint64_t frame, uint64_t payload_bytes);
+const uint8_t *incoming(const moray_link &link, uint64_t place, uint64_t payload_bytes);
 
-// Memory for the next frame of this end; NULL if it has to be waited for or made.
-uint8_t *outgoing(const moray_link &link, uint64_t bytes);
+// Memory for the next frame of this end, at `next_place` from now on; NULL if it has to be waited for or made.
+uint8_t *outgoing(moray_link &link, uint64_t bytes);
 
-// Tell the peer that frames received before are done with; false if it wants to hear of it by a packet.
+inline uint64_t next_place(const moray_link &link) { return link.sent * SLOTS + link.slots[link.sent % SLOTS]; }
+
+// Tell the peer that frames received before are done with; false if it wants to hear of it by a packet. As soon as they are:
+// the next frame then lies where they lay, which is in the caches of both.
 bool release_received(const moray_link &link);
 
 // Take the packet that was peeked at off the socket: its frame counts as received from now on.

@@ -6,7 +6,7 @@ namespace moray {
 namespace {
 
 constexpr uint32_t MAGIC = 0x59524F4D;
-constexpr uint8_t VERSION = 1, FRAME = 1;
+constexpr uint8_t VERSION = 2, FRAME = 1;
 constexpr uint8_t BF16 = 2, INT32 = 5;  // codes of dtypes
 constexpr uint8_t WORK = 1, DONE = 2;   // kinds of MoE frames
 constexpr size_t HEAD = 32, BODY = 36, SPEC = 18, MOE_HEADER = 16;  // BODY: where it begins, after the checksum
@@ -44,14 +44,14 @@ uint32_t checksum(const uint8_t *packet, size_t bytes) {
     return crc32(crc32(0, packet, HEAD), packet + BODY, bytes - BODY);
 }
 
-void put_head(uint8_t *packet, uint16_t tensors, size_t bytes, uint64_t frame, uint64_t payload_bytes) {
+void put_head(uint8_t *packet, uint16_t tensors, size_t bytes, uint64_t place, uint64_t payload_bytes) {
     put<uint32_t>(packet, MAGIC);
     packet[4] = VERSION;
     packet[5] = FRAME;
     put<uint16_t>(packet + 6, tensors);
     put<uint32_t>(packet + 8, MOE_HEADER);
     put<uint32_t>(packet + 12, static_cast<uint32_t>(bytes - BODY));
-    put<uint64_t>(packet + 16, frame);
+    put<uint64_t>(packet + 16, place);
     put<uint64_t>(packet + 24, payload_bytes);
 }
 
@@ -60,18 +60,6 @@ void put_spec(uint8_t *to, uint8_t dtype, uint64_t rows, uint64_t columns) {
     to[1] = 2;
     put<uint64_t>(to + 2, rows);
     put<uint64_t>(to + 10, columns);
-}
-
-// Where the pairs of a request lie, and how much it has in all; false if that is nothing, or more than a frame carries.
-bool lay_out(Work &work) {
-    // Each by itself first: products of what is left do not overflow.
-    constexpr uint64_t MOST = MAX_PAYLOAD_BYTES;
-    if (!work.tokens || work.tokens > MOST || !work.hidden || work.hidden > MOST || !work.pairs || work.pairs > MOST)
-        return false;
-    if (work.tokens * work.hidden > MOST / 2 || work.pairs * work.hidden > MOST / 2) return false;  // in bf16 each
-    work.pairs_offset = (2 * work.tokens * work.hidden + ALIGNMENT - 1) & -ALIGNMENT;
-    work.payload_bytes = work.pairs_offset + 8 * work.pairs;
-    return work.payload_bytes <= MOST;
 }
 
 void put_moe_header(uint8_t *to, uint8_t kind, const Work &work) {
@@ -84,15 +72,26 @@ void put_moe_header(uint8_t *to, uint8_t kind, const Work &work) {
 
 }  // namespace
 
+bool lay_out(Work &work) {
+    // Each by itself first: products of what is left do not overflow.
+    constexpr uint64_t MOST = MAX_PAYLOAD_BYTES;
+    if (!work.tokens || work.tokens > MOST || !work.hidden || work.hidden > MOST || !work.pairs || work.pairs > MOST)
+        return false;
+    if (work.tokens * work.hidden > MOST / 2 || work.pairs * work.hidden > MOST / 2) return false;  // in bf16 each
+    work.pairs_offset = (2 * work.tokens * work.hidden + ALIGNMENT - 1) & -ALIGNMENT;
+    work.payload_bytes = work.pairs_offset + 8 * work.pairs;
+    return work.payload_bytes <= MOST;
+}
+
 bool decode_work(const uint8_t *packet, Work &work) {
-    work.frame = get<uint64_t>(packet + 16);
+    work.place = place_in(packet);
     work.payload_bytes = get<uint64_t>(packet + 24);
     work.tokens = get<uint64_t>(packet + BODY + 2);
     work.hidden = get<uint64_t>(packet + BODY + 10);
     work.pairs = get<uint64_t>(packet + BODY + SPEC + 10);
     // What a frame may be otherwise is compared as a whole: an ordinary one has no other bytes in these places.
     uint8_t expected[HEAD + 2 * SPEC];
-    put_head(expected, 2, WORK_BYTES, work.frame, work.payload_bytes);
+    put_head(expected, 2, WORK_BYTES, work.place, work.payload_bytes);
     put_spec(expected + HEAD, BF16, work.tokens, work.hidden);
     put_spec(expected + HEAD + SPEC, INT32, 2, work.pairs);
     if (memcmp(packet, expected, HEAD) || memcmp(packet + BODY, expected + HEAD, 2 * SPEC)) return false;
@@ -107,18 +106,18 @@ bool decode_work(const uint8_t *packet, Work &work) {
     return true;
 }
 
-bool encode_work(Work &work, uint8_t *packet) {
-    if (!lay_out(work)) return false;
-    put_head(packet, 2, WORK_BYTES, work.frame, work.payload_bytes);
+void encode_work(const Work &work, uint8_t *packet) {
+    put_head(packet, 2, WORK_BYTES, work.place, work.payload_bytes);
     put_spec(packet + BODY, BF16, work.tokens, work.hidden);
     put_spec(packet + BODY + SPEC, INT32, 2, work.pairs);
     put_moe_header(packet + BODY + 2 * SPEC, WORK, work);
     put<uint32_t>(packet + HEAD, checksum(packet, WORK_BYTES));
-    return true;
 }
 
-void encode_done(const Work &work, uint64_t frame, uint8_t *packet) {
-    put_head(packet, 1, DONE_BYTES, frame, 2 * work.pairs * work.hidden);
+uint64_t place_in(const uint8_t *packet) { return get<uint64_t>(packet + 16); }
+
+void encode_done(const Work &work, uint64_t place, uint8_t *packet) {
+    put_head(packet, 1, DONE_BYTES, place, 2 * work.pairs * work.hidden);
     put_spec(packet + BODY, BF16, work.pairs, work.hidden);
     put_moe_header(packet + BODY + SPEC, DONE, work);
     put<uint32_t>(packet + HEAD, checksum(packet, DONE_BYTES));

@@ -8,15 +8,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "moray_actors.h"
+
 namespace moray {
 
-constexpr uint64_t SLOTS = 3;                   // shm_memory.py
-constexpr uint64_t ALIGNMENT = 64;              // wire.py, as the next one
+constexpr uint64_t SLOTS = MORAY_SLOTS;
+constexpr uint64_t ALIGNMENT = 64;  // wire.py, as the next one
 constexpr uint64_t MAX_PAYLOAD_BYTES = 1 << 30;
 constexpr size_t WORK_BYTES = 88, DONE_BYTES = 70;
 
 struct Work {
-    uint64_t frame;  // number on the link
+    uint64_t place;  // number on the link * SLOTS + slot of the arena
     uint64_t tokens, hidden, pairs;  // each at least 1, none large enough for a product of two and 8 to overflow
     uint64_t pairs_offset, payload_bytes;
     uint16_t layer;
@@ -27,12 +29,17 @@ struct Work {
 // Whether the bytes are an ordinary request, in every length consistent with itself; `packet` has WORK_BYTES.
 bool decode_work(const uint8_t *packet, Work &work);
 
-// The request itself: everything of `work` but the offsets, which are found here; `packet` has room for WORK_BYTES. False if it
-// is too large for one frame.
-bool encode_work(Work &work, uint8_t *packet);
+// Finds the request's offsets and its bytes; false if it is too large for one frame, or nothing.
+bool lay_out(Work &work);
 
-// The reply to `work` as frame `frame` of the other direction; `packet` has room for DONE_BYTES.
-void encode_done(const Work &work, uint64_t frame, uint8_t *packet);
+// The request itself, once it is laid out; `packet` has room for WORK_BYTES.
+void encode_work(const Work &work, uint8_t *packet);
+
+// Where the frame lies that a packet of at least DONE_BYTES stands for, if it is one.
+uint64_t place_in(const uint8_t *packet);
+
+// The reply to `work` at `place` of the other direction; `packet` has room for DONE_BYTES.
+void encode_done(const Work &work, uint64_t place, uint8_t *packet);
 
 }  // namespace moray
 #endif

@@ -25,7 +25,7 @@ from moray.actors.links.handshake import authenticate
 from moray.actors.links.shm import CHANNEL as SHM
 from moray.actors.links.shm_memory import ControlPage
 from moray.actors.links.sockets import split_endpoint
-from moray.actors.links.wire import MAX_TENSORS, MessageType, encode, plan_payload
+from moray.actors.links.wire import MAGIC, MAX_TENSORS, WIRE_VERSION, MessageType, encode, plan_payload
 from moray.actors.moe_frames import Kind, MoeHeader
 from moray.actors.request_checks import check_request
 from moray.actors.testing import SECRET
@@ -203,7 +203,7 @@ def with_valid_crc(head: bytes, body: bytes) -> bytes:
 
 heads = st.builds(
     lambda kind, tensors, header, body, sequence, payload: with_valid_crc(
-        struct.pack("<IBBHIIQQ", 0x59524F4D, 1, kind, tensors, header, len(body), sequence, payload), body
+        struct.pack("<IBBHIIQQ", MAGIC, WIRE_VERSION, kind, tensors, header, len(body), sequence, payload), body
     ),
     st.integers(0, 255),
     st.integers(0, MAX_TENSORS + 1),

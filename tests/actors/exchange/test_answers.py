@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moray.actors.links import Frame
+from moray.actors.links.shm_memory import SLOTS, place_of
 from moray.actors.links.wire import MessageType, encode, plan_payload
 from moray.actors.moe_frames import Kind, MoeHeader
 from moray.kernels.combine import combine
@@ -97,7 +98,8 @@ def packet(host: PlayedHost, request: Frame, *, frames_later: int = 0) -> bytes:
     (place,) = host.link.prepare(((outputs.dtype, tuple(outputs.shape)),), deadline=patience())
     place.copy_(outputs)
     header = MoeHeader.unpack(request.header)._replace(kind=Kind.DONE).pack()
-    return encode(MessageType.FRAME, host.link._state.sent + frames_later, header, plan_payload((outputs,)))
+    place = place_of(host.link._state.sent + frames_later, host.link._slot)
+    return encode(MessageType.FRAME, place, header, plan_payload((outputs,)))
 
 
 def raw(packets: Callable[[bytes], tuple[bytes, ...]], *, then: Act | None = None) -> Act:
@@ -210,7 +212,7 @@ def announce_outputs(host: PlayedHost) -> None:
     request = host.take()
     header = MoeHeader.unpack(request.header)._replace(kind=Kind.DONE).pack()
     payload = plan_payload((host.outputs(request),))
-    host.link._sock.send(encode(MessageType.FRAME, host.link._state.sent, header, payload))
+    host.link._sock.send(encode(MessageType.FRAME, place_of(host.link._state.sent, 0), header, payload))
 
 
 # ---- memory that is not there --------------------------------------------------------------------------------------------
@@ -266,7 +268,8 @@ def test_any_outputs_are_summed_as_they_are(play: Play, value: float) -> None:
         claim = cluster.dispatch.start(3, *one)
         cluster.answer_all()
         host = cluster[0]
-        host.link._outgoing.slot(host.link._state.sent - 1).view(torch.bfloat16).fill_(value)
+        last = (host.link._state.sent - 1) % SLOTS
+        host.link._outgoing.slot(host.link._state.slots[last]).view(torch.bfloat16).fill_(value)
         before = cluster.layers
         result = cluster.dispatch.finish(claim)
         assert cluster.layers - before == native

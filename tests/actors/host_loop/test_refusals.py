@@ -17,6 +17,8 @@ import torch
 
 from moray.actors.expert_host import ExpertHost
 from moray.actors.links.base import TensorForm
+from moray.actors.links.shm_memory import SLOTS as ARENA_SLOTS
+from moray.actors.links.shm_memory import place_of
 from moray.actors.links.wire import MessageType, encode, plan_payload
 from moray.actors.moe_frames import Kind
 from moray.configs.errors import PeerDiedError
@@ -106,6 +108,8 @@ def fate(
         ask(link, work())
         for place, tensor in zip(link.prepare(forms, deadline=patience()), work(), strict=True):
             place.copy_(tensor)
+        for slot in range(ARENA_SLOTS):  # wherever the packet says that it lies
+            link._outgoing.slot(slot).copy_(link._outgoing.slot(link._slot))
         if fd is None:
             link._sock.send(packet)
         else:
@@ -118,12 +122,25 @@ def fate(
             return tuple(record.message for record in caplog.records)
 
 
-PACKET = encode(MessageType.FRAME, 1, header(), plan_payload(work()))
+def packet_of(frame: int, slot: int = 0, tensors: Tensors | None = None) -> bytes:
+    return encode(MessageType.FRAME, place_of(frame, slot), header(), plan_payload(tensors or work()))
+
+
+PACKET = packet_of(1)
 
 
 def with_checksum(packet: bytes) -> bytes:
     crc = zlib.crc32(packet[36:], zlib.crc32(packet[:32]))
     return packet[:32] + struct.pack("<I", crc) + packet[36:]
+
+
+@pytest.mark.parametrize("slot", range(ARENA_SLOTS))
+def test_a_frame_is_found_in_any_slot(
+    host: ExpertHost, python: ExpertHost, caplog: pytest.LogCaptureFixture, slot: int
+) -> None:
+    found = fate(host, caplog, packet_of(1, slot))
+    assert found == fate(python, caplog, packet_of(1, slot))
+    assert host.report().pairs == 2 * len(work()[1][0]), "both requests were answered"
 
 
 @pytest.mark.parametrize("valid", [True, False], ids=["checksum right", "checksum wrong"])
@@ -150,10 +167,11 @@ def test_every_wrong_byte_has_the_same_fate(
         PACKET + b"x",
         b"x",
         encode(MessageType.STORE, 1),
-        encode(MessageType.FRAME, 2, header(), plan_payload(work())),
-        encode(MessageType.FRAME, 1, header(), plan_payload((work(200)[0], work()[1]))),
+        packet_of(2),
+        packet_of(0),
+        packet_of(1, tensors=(work(200)[0], work()[1])),
     ],
-    ids=["short", "long", "garbage", "wrong type", "out of order", "larger than the arena"],
+    ids=["short", "long", "garbage", "wrong type", "too early", "again", "larger than the arena"],
 )
 def test_every_wrong_packet_has_the_same_fate(
     host: ExpertHost, python: ExpertHost, caplog: pytest.LogCaptureFixture, packet: bytes

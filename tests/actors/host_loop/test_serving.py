@@ -21,6 +21,7 @@ from moray.actors import expert_host as host_module
 from moray.actors import native_library
 from moray.actors.deadline import Deadline
 from moray.actors.expert_host import ExpertHost
+from moray.actors.links.shm import ShmLink
 from moray.actors.links.shm_memory import SLOTS as ARENA_SLOTS
 from moray.actors.moe_frames import Kind
 from moray.configs.errors import LinkError, PeerDiedError
@@ -102,6 +103,15 @@ def test_two_requests_ahead_and_replies_that_nobody_reads(host: ExpertHost, pyth
             send(link, work(seed=number), header(sequence=number))
         for number in range(ARENA_SLOTS + 2):
             assert_same(receive(link), expected(python, work(seed=number), header(sequence=number)))
+
+
+def test_requests_one_after_the_other_lie_in_one_place(host: ExpertHost) -> None:
+    """Native code is done with a request when it answers: no other memory takes room in the caches."""
+    with warm(host) as link:
+        for _ in range(1 + ARENA_SLOTS):
+            ask(link, work())
+        assert isinstance(link, ShmLink)
+        assert list(link._state.slots) == [0] * ARENA_SLOTS
 
 
 def test_several_routers(host: ExpertHost, python: ExpertHost) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from moray.actors.deadline import Deadline
 from moray.actors.links import Link, LinkKind
-from moray.actors.links.shm_memory import MIN_SLOT_BYTES, SLOTS, Arena
+from moray.actors.links.shm_memory import MIN_SLOT_BYTES, SLOTS, Arena, place_of
 from moray.actors.links.wire import MessageType, encode, plan_payload
 from moray.configs.errors import LinkError, PeerDiedError, PeerTimeoutError
 
@@ -160,7 +160,7 @@ FRAME = encode(MessageType.FRAME, 0, b"", plan_payload([torch.zeros(3)]))
     [
         (b"\xff" * 64, "no Moray message"),
         (FRAME[:-1] + b"x", "checksum"),
-        (encode(MessageType.FRAME, 5), "frame 5 where 0 belongs|FRAME 5 where FRAME 0"),
+        (encode(MessageType.FRAME, place_of(5, 0)), "frame 5 where 0 belongs|FRAME 15 where FRAME 0"),
         (encode(MessageType.READY, 0), "READY"),
     ],
     ids=["garbage", "corrupt", "out of sequence", "wrong type"],

@@ -12,10 +12,12 @@ from moray.actors.links.base import MAX_HEADER_BYTES
 from moray.actors.links.wire import (
     ALIGNMENT,
     HEAD_BYTES,
+    MAGIC,
     MAX_BODY_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_TENSORS,
+    WIRE_VERSION,
     MessageType,
     decode,
     decode_head,
@@ -115,7 +117,7 @@ def with_valid_crc(head: bytes, body: bytes) -> bytes:
 )
 def test_hostile_lengths_never_announce_a_large_read(tensors: int, header: int, body: int, payload: int) -> None:
     """A head is believed only as far as its bounds, valid checksum or not."""
-    raw = struct.pack("<IBBHIIQQ", 0x59524F4D, 1, MessageType.FRAME, tensors, header, body, 0, payload) + bytes(4)
+    raw = struct.pack("<IBBHIIQQ", MAGIC, WIRE_VERSION, MessageType.FRAME, tensors, header, body, 0, payload) + bytes(4)
     try:
         head = decode_head(raw, "peer")
     except LinkError:
@@ -129,7 +131,7 @@ def test_hostile_bodies_with_valid_checksums_are_errors_or_consistent(
     body: bytes, tensors: int, data: st.DataObject
 ) -> None:
     header = data.draw(st.integers(0, len(body)))
-    head = struct.pack("<IBBHIIQQ", 0x59524F4D, 1, MessageType.FRAME, tensors, header, len(body), 0, 0)
+    head = struct.pack("<IBBHIIQQ", MAGIC, WIRE_VERSION, MessageType.FRAME, tensors, header, len(body), 0, 0)
     assert len(head) + 4 == HEAD_BYTES
     try:
         message = decode(with_valid_crc(head, body), "peer")
@@ -141,7 +143,7 @@ def test_hostile_bodies_with_valid_checksums_are_errors_or_consistent(
 
 def test_a_zero_dimension_does_not_hide_absurd_ones() -> None:
     body = struct.pack("<BB3Q", 1, 3, 2**40, 0, 2**40)
-    head = struct.pack("<IBBHIIQQ", 0x59524F4D, 1, MessageType.FRAME, 1, 0, len(body), 0, 0)
+    head = struct.pack("<IBBHIIQQ", MAGIC, WIRE_VERSION, MessageType.FRAME, 1, 0, len(body), 0, 0)
     with pytest.raises(LinkError, match="more than"):
         decode(with_valid_crc(head, body), "peer")
 
@@ -149,5 +151,5 @@ def test_a_zero_dimension_does_not_hide_absurd_ones() -> None:
 def test_another_version_is_named() -> None:
     other = bytearray(EXAMPLE)
     other[4] = 9
-    with pytest.raises(LinkError, match="speaks version 9 of the frame format, this side 1"):
+    with pytest.raises(LinkError, match="speaks version 9 of the frame format, this side 2"):
         decode(bytes(other), "peer")
