@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,13 +94,7 @@ def compute(deployment: Deployment, *, gpus: float) -> Compute:
 
     on_gpu = deployment.device == "cuda" or (deployment.device == "auto" and gpus > 0)
     if not on_gpu and _natively(deployment, deployment.dtype, fp8_kv=deployment.routers.kv_cache == "fp8"):
-        return Compute(
-            torch.device("cpu"),
-            torch.bfloat16,
-            keep_fp8=deployment.fp8 != "decode",
-            packed=True,
-            instructions=deployment.cpu_instructions,
-        )
+        return _native_compute(deployment, deployment.fp8)
     return Compute(
         device=torch.device("cuda" if on_gpu else "cpu"),
         dtype=getattr(torch, _dtype(deployment.dtype, otherwise="bfloat16" if on_gpu else "float32")),
@@ -127,13 +122,7 @@ def host_compute(deployment: Deployment, host_id: str, *, gpus: float) -> Comput
     fp8 = deployment.fp8 if cold.fp8 == "auto" and others.device.type == "cpu" else cold.fp8
     # Who asks for another dtype here has cold hosts compute in another way, whatever the others do.
     if cold.dtype != "float32" and _natively(deployment, dtype):
-        return Compute(
-            torch.device("cpu"),
-            torch.bfloat16,
-            keep_fp8=fp8 != "decode",
-            packed=True,
-            instructions=deployment.cpu_instructions,
-        )
+        return _native_compute(deployment, fp8)
     return Compute(
         device=torch.device("cpu"),
         dtype=getattr(torch, _dtype(cold.dtype, otherwise=_dtype(deployment.dtype, otherwise="float32"))),
@@ -144,6 +133,12 @@ def host_compute(deployment: Deployment, host_id: str, *, gpus: float) -> Comput
 
 def _dtype(setting: str, *, otherwise: str) -> str:
     return otherwise if setting == "auto" else setting
+
+
+def _native_compute(deployment: Deployment, fp8: str) -> Compute:
+    from ..model.compute import Compute
+
+    return replace(Compute.native(), keep_fp8=fp8 != "decode", instructions=deployment.cpu_instructions)
 
 
 def _natively(deployment: Deployment, dtype: str, *, fp8_kv: bool = False) -> bool:

@@ -61,7 +61,7 @@ class _Nowhere:
     def finish(self, pending: torch.Tensor) -> torch.Tensor:
         return pending.float()
 
-    def run_layers(self, *batch: object) -> bool:  # noqa: ARG002
+    def run_layers(self, *_: object) -> bool:
         """Layers go one by one, as in `layer_samples`: native code would ask hosts. What that costs more, servers show."""
         return False
 

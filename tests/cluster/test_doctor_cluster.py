@@ -102,7 +102,7 @@ def test_cpus_of_two_kinds_matter_where_they_compute() -> None:
 
 
 def test_cpus_that_differ_for_torch_alone() -> None:
-    """An AVX512 machine without bf16 arithmetic has the kernels of one with AVX2, and another torch."""
+    """One whose AVX512 lacks what the kernels need of it has those of AVX2, and another torch."""
     between = CpuFacts(8, None, "AVX512", "avx2")
     (found,) = check_instructions([cpu_node(NAMES[0], cpu=OLDER), cpu_node(NAMES[1], cpu=between)], None)
     assert "by which torch computes: AVX2 on 10.0.0.1, AVX512 on 10.0.0.2" in found.what

@@ -59,14 +59,14 @@ def test_who_computes_with_what_is_told_with_the_way_out() -> None:
 # ---- the controller
 
 
-def has_other_cpu(host: ThreadHost, instructions: str) -> None:
+def has_other_cpu(host: ThreadHost, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have it report as a process on another machine would."""
     report = host.host.report
 
     def other() -> HostReport:
         return replace(report(), instructions=instructions)
 
-    host.host.report = other  # type: ignore[method-assign]
+    monkeypatch.setattr(host.host, "report", other)
 
 
 def told(controller: Controller) -> list[Event]:
@@ -93,9 +93,16 @@ def test_a_cluster_of_one_kind_says_nothing(controller: Controller, library: Nat
     assert told(controller) == []
 
 
-def test_a_mixed_cluster_says_so_once(controller: Controller, spawner: ThreadSpawner, library: NativeLibrary) -> None:
+def test_a_mixed_cluster_says_so_once(
+    controller: Controller, spawner: ThreadSpawner, library: NativeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = "generic" if library.best > Instructions.GENERIC else "avx2"
-    spawner.after_host = lambda host: has_other_cpu(host, other) if host.host.host_id == "expert-host-1" else None
+
+    def one_differs(host: ThreadHost) -> None:
+        if host.host.host_id == "expert-host-1":
+            has_other_cpu(host, other, monkeypatch)
+
+    spawner.after_host = one_differs
     controller.start()
     eventually(lambda: bool(told(controller)))
     (event,) = told(controller)
@@ -113,7 +120,7 @@ def test_a_mixed_cluster_says_so_once(controller: Controller, spawner: ThreadSpa
     spawner.hosts["expert-host-1"].kill()
     eventually(lambda: spawner.made.count("expert-host-1") == 3 and controller.status().health == "ok")
     eventually(lambda: len(controller._observer._instructions) == 1)
-    has_other_cpu(spawner.hosts["expert-host-0"], other)
+    has_other_cpu(spawner.hosts["expert-host-0"], other, monkeypatch)
     eventually(lambda: len(told(controller)) == 2)
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from moray.kernels.attention_plan import Segment
-from moray.kernels.cpu import library as library_module
-from moray.kernels.cpu.library import Instructions, NativeLibrary, native
+from moray.kernels.cpu.library import Instructions, NativeLibrary
 from moray.kernels.cpu.matrix import linear as packed_linear
 from moray.kernels.experts import MlpWeights
 from moray.kernels.gate import select_experts_reference
@@ -85,18 +84,12 @@ def model(checkpoint: Path) -> Model:
 
 
 @pytest.fixture(params=list(Instructions), ids=lambda one: one.name.lower())
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeLibrary]:
-    library = native()
-    assert library is not None
-    library = library_with(request.param, library)
-    monkeypatch.setattr(library_module, "_load", lambda: library)
-    if request.param > library.best:
-        pytest.skip(f"this machine has no {request.param.name}")
-    used, threads = library.used, library.threads
-    library.use(request.param)
-    yield library
-    library.use(used)
-    library.set_threads(threads)
+def instructions(request: pytest.FixtureRequest) -> Iterator[NativeLibrary]:
+    with library_with(request.param) as library:
+        if request.param > library.best:
+            pytest.skip(f"this machine has no {request.param.name}")
+        library.use(request.param)
+        yield library
 
 
 def prompt(config: ModelConfig, length: int, seed: int) -> list[int]:

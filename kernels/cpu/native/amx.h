@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64;
-constexpr int SUMS = 4, ROWS_OF_X = 4, WEIGHTS = 5;  // registers: 0 to 3; 4; 5 to 7
+constexpr int ROWS_OF_X = 4, WEIGHTS = 5;  // registers: sums have 0 to 3, weights 5 to 7
 
 #if defined(MORAY_AMX_MODEL)
 

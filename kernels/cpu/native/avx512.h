@@ -1,4 +1,4 @@
-// What vector.h needs of AVX512, as every x86 server has had it since Skylake.
+// What vector.h needs of AVX512, as Intel's servers have had it since Skylake, and AMD's since Zen 4.
 #ifndef MORAY_AVX512_H
 #define MORAY_AVX512_H
 

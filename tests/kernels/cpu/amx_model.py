@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from moray.kernels.cpu.library import Instructions, NativeLibrary
+import pytest
+
+from moray.kernels.cpu import library as module
+from moray.kernels.cpu.library import Instructions, NativeLibrary, native
 
 SOURCES = Path(__file__).parents[3] / "kernels" / "cpu" / "native"
 
@@ -33,8 +38,20 @@ def amx_model(*, wrong: bool = False) -> NativeLibrary:
         return NativeLibrary(str(path))
 
 
-def library_with(wanted: Instructions | None, found: NativeLibrary) -> NativeLibrary:
-    """What these instructions can be tested with: `found`, or the model where it is AMX that is missing."""
+@contextlib.contextmanager
+def library_with(wanted: Instructions | None) -> Iterator[NativeLibrary]:
+    """What these instructions can be tested with: the library, or the model where it is AMX that is missing. Whatever computes
+    uses it meanwhile; its instructions and threads are afterwards what they were.
+    """
+    found = native()
+    assert found is not None, "the package was installed without its CPU kernels: is there a C++ compiler?"
     if wanted is Instructions.AMX and found.best is Instructions.AVX512_BF16:
-        return amx_model()
-    return found
+        found = amx_model()
+    used, threads = found.used, found.threads
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may have changed `found` by another
+        patch.setattr(module, "_load", lambda: found)
+        try:
+            yield found
+        finally:
+            found.use(used)
+            found.set_threads(threads)

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moray.kernels.cpu import library as module
-from moray.kernels.cpu.library import Instructions, NativeLibrary, native
+from moray.kernels.cpu.library import Instructions, NativeLibrary
 
 from .amx_model import library_with
 
@@ -13,16 +12,9 @@ from .amx_model import library_with
 @pytest.fixture
 def library(request: pytest.FixtureRequest) -> Iterator[NativeLibrary]:
     """The library; its instructions and threads are afterwards what they were. For AMX, where there is none, its model."""
-    found = native()
-    assert found is not None, "the package was installed without its CPU kernels: is there a C++ compiler?"
     wanted = request.node.callspec.params.get("instructions") if hasattr(request.node, "callspec") else None
-    found = library_with(wanted, found)
-    used, threads = found.used, found.threads
-    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may have changed `found` by the other one
-        patch.setattr(module, "_load", lambda: found)
+    with library_with(wanted) as found:
         yield found
-    found.use(used)
-    found.set_threads(threads)
 
 
 @pytest.fixture(params=list(Instructions), ids=lambda one: one.name.lower())
