@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,11 +78,18 @@ def ask(router: Router, parts: EngineParts, name: str, *, after: int, event: Cal
     return [recorder.tokens(f"{name}{i}") for i in range(3)]
 
 
-def eventually(condition: Callable[[], bool]) -> None:
+def eventually(condition: Callable[[], bool], every: float = 0.01) -> None:
     give_up = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < give_up, "it never came true"
-        time.sleep(0.01)
+        time.sleep(every)
+
+
+def stop_at_once(pid: int) -> None:
+    """Returns when no thread of the process runs any more: a signal alone is delivered while they go on."""
+    os.kill(pid, signal.SIGSTOP)
+    states = [task / "stat" for task in Path(f"/proc/{pid}/task").iterdir()]
+    eventually(lambda: all(state.read_text().rpartition(")")[2].split()[0] == "T" for state in states), every=0)
 
 
 def test_a_stopped_process_is_hedged_fenced_and_used_again(
@@ -123,7 +131,7 @@ def test_a_process_that_is_killed_with_work_in_hand_costs_no_step(
 
     def stopped_before(*arguments: Any) -> Any:
         if armed.is_set() and not killed.is_set():
-            os.kill(victim, signal.SIGSTOP)  # so that it cannot have answered
+            stop_at_once(victim)  # so that it cannot have answered
         return start(*arguments)
 
     def killed_before(pending: Any) -> torch.Tensor:
