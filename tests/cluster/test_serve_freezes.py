@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -102,10 +103,11 @@ def names(found: dict[str, Any], name: str) -> bool:
     return any(name in trouble for r in found.get("routers", ()) for trouble in r["late_hosts"] + r["broken_links"])
 
 
-def reported(url: str, name: str) -> bool:
-    """Whether somebody names the process within `REPORT_S`."""
+def unreported(url: str, name: str) -> str:
+    """What was said instead, if nobody names the process within `REPORT_S`; empty if somebody does."""
     deadline = time.monotonic() + REPORT_S
     pending: set[Future[dict[str, Any]]] = set()
+    said: list[str] = []
     pool = ThreadPoolExecutor(64, thread_name_prefix="ask")
     try:
         while time.monotonic() < deadline:
@@ -114,8 +116,9 @@ def reported(url: str, name: str) -> bool:
             done = {answer for answer in pending if answer.done()}
             pending -= done
             if any(names(answer.result(), name) for answer in done):
-                return True
-        return False
+                return ""
+            said += [f"{a.result().get('health', 'nothing')} {a.result().get('reason', '')}".strip() for a in done]
+        return f"{dict(Counter(said))}, {len(pending)} questions not answered"
     finally:
         pool.shutdown(wait=True)  # each question ends by its own timeout
 
@@ -132,7 +135,8 @@ def test_a_frozen_process_is_reported(process: str, called: str, serve: Serve, u
         try:
             eventually(lambda: all(len(tokens) > 5 for tokens in seen), "every stream has begun")
             with frozen(before[0]):
-                assert reported(serve.url, called), f"nobody has named {process} within {REPORT_S:.0f} s"
+                said = unreported(serve.url, called)
+                assert not said, f"nobody has named {process} within {REPORT_S:.0f} s: {said}"
             eventually(lambda: ask(serve.url, "/health").get("health") == "ok", "all is well again")
         finally:
             answers = [stream.result(timeout=120) for stream in streams]
