@@ -105,6 +105,11 @@ class DispatchHosts:
         return self._routes.unreachable(set(self.lines) - set(self.broken))
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether some host is linked to that may be on another machine."""
+        return any(line.link.kind not in ("inline", "shm") for line in list(self.lines.values()))
+
+    @property
     def late(self) -> list[str]:
         """Hosts that owe an answer for longer than is usual for them."""
         return [line.host for line in list(self.lines.values()) if line.late]

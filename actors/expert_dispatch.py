@@ -110,6 +110,11 @@ class ExpertDispatch:
         return self._hosts.unlinked
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether some host is linked to that may be on another machine."""
+        return self._hosts.elsewhere
+
+    @property
     def missing(self) -> int:
         """(layer, expert) pairs that no host can compute now; those that refuse their work are no better than lost ones."""
         return self._hosts.missing

@@ -48,6 +48,7 @@ class RouterSettings:
         target_itl_s, max_wait_s: see `Routers` of the deployment; None: no bound.
         draft_tokens: most tokens that the MTP layer drafts for a sequence and step; needs one where not 0.
         draft_always: draft even where it takes longer.
+        shares_cores: hosts on this machine compute on the cores that a router on CPUs computes on, each in its turn.
     """
 
     page_size: int
@@ -61,6 +62,7 @@ class RouterSettings:
     max_wait_s: float | None = None
     draft_tokens: int = 0
     draft_always: bool = False
+    shares_cores: bool = False
 
 
 class Router:
@@ -100,6 +102,7 @@ class Router:
             page_size=settings.page_size,
             max_context=settings.max_context,
             compute=compute,
+            elsewhere=lambda: dispatch.elsewhere or not (compute.packed and settings.shares_cores),
             run_layers=dispatch.run_layers if compute.packed else None,
         )
         self._drafter: Drafter | None = None
@@ -246,16 +249,18 @@ class Router:
             return False
         started, batch = time.perf_counter(), forward_batch(chunks)
         try:
-            hidden_states = self.model.hidden_states(batch)
+            # Drafts are made of every row.
+            every = None if self._drafter is None else self.model.hidden_states(batch)
+            sampled = self.model.sampled_states(batch) if every is None else every[list(batch.sample_rows)]
         except ExpertsUnavailableError as error:
             self._experts_missing(error)
             return True
         self._missing_since = None
-        logits = self.model.logits(hidden_states, batch.sample_rows)
+        logits = self.model.logits(sampled)
         found = outcomes(chunks, logits, self.settings.max_context)
         self._postprocess(chunks, found)
-        if self._drafter is not None:  # once the tokens are on their way
-            self._drafter.after_step(chunks, found, batch.segments, hidden_states, started=started)
+        if self._drafter is not None and every is not None:  # once the tokens are on their way
+            self._drafter.after_step(chunks, found, batch.segments, every, started=started)
         self._step_ended = time.perf_counter()
         self.scheduler.took(chunks, self._step_ended - began)
         return True

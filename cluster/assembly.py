@@ -236,6 +236,7 @@ def router_settings(deployment: Deployment, config: ModelConfig) -> RouterSettin
         max_wait_s=routers.max_wait_s,
         draft_tokens=routers.draft_tokens if config.draft_layers else 0,
         draft_always=routers.speculate == "on",
+        shares_cores=routers.threads is None and routers.cpus == 1,
     )
 
 

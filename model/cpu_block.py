@@ -11,10 +11,7 @@ import torch
 from ..kernels.cpu.attention import AttentionKernel, BatchTables, LayerShape, PackedAttention, PackedGate, add
 from ..kernels.cpu.mlp import SwigluKernel
 from ..kernels.experts import MlpWeights
-from ..kernels.latent import write_latent
-from ..kernels.linear import linear
 from ..kernels.packed import PackedWeight
-from ..kernels.rms_norm import rms_norm
 from .attention import softmax_scale
 from .config import ModelConfig
 from .moe import GateWeights, Pending, RoutedExperts
@@ -75,9 +72,6 @@ class CpuBlock(Generic[Pending]):
     def __init__(self, layer: int, config: ModelConfig, weights: BlockWeights, routed: RoutedExperts[Pending]) -> None:
         assert isinstance(weights.attention, PackedAttention), "packed weights"
         self.layer = layer
-        self.eps = config.rms_norm_eps
-        self.attention_norm = weights.attention_norm
-        self.weights = weights.attention
         self.routed = routed
         self.shared = None if weights.mlp is None else _swiglu(weights.mlp)
         self.attention = AttentionKernel(
@@ -125,10 +119,8 @@ class CpuBlock(Generic[Pending]):
     def fill(
         self, hidden_states: torch.Tensor, rotation: torch.Tensor, cache_rows: torch.Tensor, cache: torch.Tensor
     ) -> None:
-        """See `LayerBlock`. By torch, which rounds a row otherwise in its last bits: it is for drafts alone."""
-        weights = self.weights
-        normed = rms_norm(hidden_states, self.attention_norm, self.eps)
-        write_latent(linear(normed, weights.kv_a), weights.kv_a_norm, self.eps, rotation, cache, cache_rows)
+        """See `LayerBlock`."""
+        self.attention.fill(hidden_states, rotation, cache_rows, cache)
 
 
 def _gate(config: ModelConfig, gate: GateWeights) -> PackedGate:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
@@ -28,6 +29,10 @@ MICRO_BATCH_TOKENS = 256
 """A step is computed in two parts if each has so many tokens. With fewer, experts are bound by reading their weights
 (facts of `moray plan`: R1's up to some 256 tokens), and two parts would read most of them twice."""
 
+SPARED_ROWS = 16
+"""The last layer is computed for the sampled rows alone if so many others need none of it. Of fewer its experts' weights are
+most of what it takes, which sampled rows read as well."""
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -42,6 +47,10 @@ class ForwardBatch:
     token_ids: Sequence[int]
     segments: Sequence[Segment]
     sample_rows: Sequence[int]
+
+
+_Part = tuple[int, int, "BatchPositions | BatchTables"]
+"""First row, row after the last, and where the tokens stand."""
 
 
 class LayerBlock(Protocol):
@@ -115,6 +124,8 @@ class Transformer:
         pages, page_size: size of the cache; `max_context` positions are prepared for RoPE.
         compute: where and in what to compute.
         micro_batch_tokens: see `MICRO_BATCH_TOKENS`.
+        elsewhere: whether routed experts are computed by other processors than these: two parts of a batch hide that time,
+            and are of no use where there is nothing to hide.
         run_layers: takes batches of one part through packed layers, where it can.
     """
 
@@ -129,6 +140,7 @@ class Transformer:
         max_context: int,
         compute: Compute,
         micro_batch_tokens: int = MICRO_BATCH_TOKENS,
+        elsewhere: Callable[[], bool] = lambda: True,
         run_layers: LayerRunner | None = None,
     ) -> None:
         self.config = config
@@ -144,12 +156,15 @@ class Transformer:
         stored = torch.uint8 if compute.fp8_kv else compute.dtype
         form = KvFormat(config.kv_lora_rank, config.qk_rope_head_dim, stored)
         self.cache = form.create(config.cached_layers, pages, page_size, self.device)
+        self._elsewhere = elsewhere
         self._run_layers = run_layers
-        self._layers = [
-            block.described(self.cache[number])
-            for number, block in enumerate(self.blocks)
-            if isinstance(block, CpuBlock)
-        ]
+        # Native code is given the same list for the same blocks: what it knows of them stays.
+        self._all, self._below = range(len(self.blocks)), range(len(self.blocks) - 1)
+        self._last = range(len(self.blocks) - 1, len(self.blocks))
+        described = [b.described(self.cache[n]) for n, b in enumerate(self.blocks) if isinstance(b, CpuBlock)]
+        self._layers = {
+            numbers: described[numbers.start : numbers.stop] for numbers in (self._all, self._below, self._last)
+        }
 
     def block(self, layer: int, weights: BlockWeights, routed: RoutedExperts[Pending]) -> LayerBlock:
         """Layer number `layer` with these weights."""
@@ -162,47 +177,72 @@ class Transformer:
 
         Repeating a batch after a failure half-way is safe: it writes the same rows again.
         """
-        return self.logits(self.hidden_states(batch), batch.sample_rows)
+        return self.logits(self.sampled_states(batch))
 
     @torch.inference_mode()
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
-        """What `forward` has before the final norm: [T, H]."""
-        hidden_states = self.embedding[torch.tensor(batch.token_ids, device=self.device)]
-        parts = [
-            (hidden_states[begin:end], self.positions(segments))
-            for begin, end, segments in micro_batches(batch.segments, self.micro_batch_tokens)
-        ]
-        if len(parts) == 1 and self._run_layers is not None:
-            whole, positions = parts[0]
-            if isinstance(positions, BatchTables) and self._run_layers(self._layers, whole, positions):
-                return whole
-        return self._through_blocks(parts)
+        """What `forward` has before the final norm, of every row: [T, H]."""
+        hidden_states = self._embedded(batch)
+        parts = self._parts(batch.segments)
+        return self._through(hidden_states, parts, self._all)
 
-    def _through_blocks(self, parts: Sequence[tuple[torch.Tensor, Any]]) -> torch.Tensor:
-        """The parts of a batch through the blocks in turn: while the experts of one are away, the next is computed.
+    @torch.inference_mode()
+    def sampled_states(self, batch: ForwardBatch) -> torch.Tensor:
+        """The same of the sampled rows: [len(sample_rows), H].
 
-        Each part is its hidden_states [T_i, H] and positions; returns [T, H] of all. A part's keys are in the cache before
-        the next part attends, so a sequence may go on from one to the next.
+        Of a prompt only the last row is sampled. In the last layer the others are keys for it, and nothing else: there they
+        are written to the cache, and not attended from, nor sent to experts. The bits are the same.
         """
-        begun: list[Any] = []
-        for number, block in enumerate(self.blocks):
-            cache = self.cache[number]
-            if number == 0:
-                begun = [block.begin(hidden_states, positions, cache) for hidden_states, positions in parts]
-                continue
-            previous = self.blocks[number - 1]
-            begun = [
-                block.begin(previous.end(state), positions, cache)
-                for state, (_, positions) in zip(begun, parts, strict=True)
+        rows = torch.tensor(batch.sample_rows, dtype=torch.int64, device=self.device)
+        if len(batch.token_ids) - len(batch.sample_rows) < SPARED_ROWS:
+            return self.hidden_states(batch)[rows]
+        parts = self._parts(batch.segments)
+        below = self._through(self._embedded(batch), parts, self._below)
+        for begin, end, positions in parts:
+            cache = self.cache[len(self.blocks) - 1]
+            self.blocks[-1].fill(below[begin:end], positions.rotation, positions.cache_rows, cache)
+        sampled = below[rows]
+        if not batch.sample_rows:
+            return sampled
+        there = self.positions(segments_of_rows(batch))
+        return self._through(sampled, [(0, len(rows), there)], self._last)
+
+    def _embedded(self, batch: ForwardBatch) -> torch.Tensor:
+        return self.embedding[torch.tensor(batch.token_ids, device=self.device)]
+
+    def _parts(self, segments: Sequence[Segment]) -> list[_Part]:
+        tokens = self.micro_batch_tokens if self._elsewhere() else None
+        return [(begin, end, self.positions(part)) for begin, end, part in micro_batches(segments, tokens)]
+
+    def _through(self, hidden_states: torch.Tensor, parts: Sequence[_Part], numbers: range) -> torch.Tensor:
+        """hidden_states [T, H], which may be changed, through the blocks with these numbers."""
+        if len(parts) == 1 and self._run_layers is not None:
+            positions = parts[0][2]
+            if isinstance(positions, BatchTables) and self._run_layers(self._layers[numbers], hidden_states, positions):
+                return hidden_states
+        return self._through_blocks(hidden_states, parts, numbers)
+
+    def _through_blocks(self, hidden_states: torch.Tensor, parts: Sequence[_Part], numbers: range) -> torch.Tensor:
+        """The parts of a batch [T, H] through these blocks in turn: while the experts of one are away, the next is computed.
+
+        A part's keys are in the cache before the next part attends, so a sequence may go on from one to the next.
+        """
+        states: list[Any] = [hidden_states[begin:end] for begin, end, _ in parts]
+        previous: LayerBlock | None = None
+        for number in numbers:
+            block, cache = self.blocks[number], self.cache[number]
+            states = [
+                block.begin(state if previous is None else previous.end(state), positions, cache)
+                for state, (_, _, positions) in zip(states, parts, strict=True)
             ]
-        ended = [self.blocks[-1].end(state) for state in begun]
+            previous = block
+        ended = states if previous is None else [previous.end(state) for state in states]
         return ended[0] if len(ended) == 1 else torch.cat(ended)
 
     @torch.inference_mode()
-    def logits(self, hidden_states: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Logits [len(rows), V] in fp32 of these rows of hidden_states [T, H]."""
-        chosen = hidden_states[torch.tensor(rows, dtype=torch.int64, device=self.device)]
-        return head_logits(rms_norm(chosen, self.norm, self.config.rms_norm_eps), self.head)
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] in fp32 of rows [R, H] as `sampled_states` gives them."""
+        return head_logits(rms_norm(hidden_states, self.norm, self.config.rms_norm_eps), self.head)
 
     def positions(self, segments: Sequence[Segment]) -> BatchPositions | BatchTables:
         """Where the tokens of these segments stand, as the blocks want it."""
@@ -228,13 +268,14 @@ def head_logits(normed: torch.Tensor, head: Weight) -> torch.Tensor:
     return linear(normed, head).float()
 
 
-def micro_batches(segments: Sequence[Segment], tokens: int) -> Iterator[tuple[int, int, Sequence[Segment]]]:
+def micro_batches(segments: Sequence[Segment], tokens: int | None) -> Iterator[tuple[int, int, Sequence[Segment]]]:
     """Cut a batch in two halves if each then has `tokens` or more: (first row, row after the last, segments) of each part.
+    None: it stays whole.
 
     Rows of a part's segments count from its own first row.
     """
     total = sum(segment.length for segment in segments)
-    if total < 2 * tokens:
+    if tokens is None or total < 2 * tokens:
         yield 0, total, segments
         return
     half = total // 2
@@ -246,3 +287,13 @@ def micro_batches(segments: Sequence[Segment], tokens: int) -> Iterator[tuple[in
                 position = segment.position + first - segment.start
                 part.append(Segment(first - begin, last - first, position, segment.block_table))
         yield begin, end, part
+
+
+def segments_of_rows(batch: ForwardBatch) -> list[Segment]:
+    """Where the sampled rows of a batch stand, as a batch of their own: a segment for each."""
+    starts = [segment.start for segment in batch.segments]
+    found = []
+    for number, row in enumerate(batch.sample_rows):
+        segment = batch.segments[bisect_right(starts, row) - 1]
+        found.append(Segment(number, 1, segment.position + row - segment.start, segment.block_table))
+    return found

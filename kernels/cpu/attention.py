@@ -82,6 +82,7 @@ class BatchTables:
 
     Attributes:
         tokens: T.
+        cache_rows, rotation: as given.
         address: of the `moray_batch`; valid for as long as the tables are there.
     """
 
@@ -96,13 +97,10 @@ class BatchTables:
             pages += segment.pages(page_size)
         self.tokens = cache_rows.shape[0]
         # The library keeps no reference: these live as long as this object.
-        self._tensors = (
-            torch.tensor(lines, dtype=torch.int32),
-            torch.tensor(pages, dtype=torch.int32),
-            cache_rows.contiguous(),
-            rotation.contiguous(),
-        )
-        self._batch = Batch(self.tokens, len(kept), page_size, row, *(tensor.data_ptr() for tensor in self._tensors))
+        self.cache_rows, self.rotation = cache_rows.contiguous(), rotation.contiguous()
+        self._tables = torch.tensor(lines, dtype=torch.int32), torch.tensor(pages, dtype=torch.int32)
+        tensors = (*self._tables, self.cache_rows, self.rotation)
+        self._batch = Batch(self.tokens, len(kept), page_size, row, *(tensor.data_ptr() for tensor in tensors))
         self.address = ctypes.addressof(self._batch)
 
 
@@ -178,6 +176,18 @@ class AttentionKernel:
             None if weights is None else weights.data_ptr(),
         )
         return normed, ids, weights
+
+    def fill(
+        self, hidden_states: torch.Tensor, rotation: torch.Tensor, cache_rows: torch.Tensor, cache: torch.Tensor
+    ) -> None:
+        """Only write the cache rows of hidden_states [T, H] contiguous bf16: with the bits that a call would give them.
+
+        Args:
+            rotation, cache_rows: of these tokens, see `BatchTables`.
+            cache: [P, page_size, kv_rank + rope] contiguous bf16.
+        """
+        batch = BatchTables((), cache.shape[1], cache.shape[2], cache_rows, rotation)
+        loaded().latents(self.address, batch.address, hidden_states.data_ptr(), cache.data_ptr())
 
 
 def add(hidden_states: torch.Tensor, routed: torch.Tensor | None, shared: torch.Tensor | None) -> None:

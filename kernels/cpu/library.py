@@ -104,6 +104,7 @@ class NativeLibrary:
             *(c_void_p, c_int32, c_void_p),  # MLPs, slots, out
         )
         self.attention = declared(library, "moray_attention", None, *(c_void_p,) * 7)
+        self.latents = declared(library, "moray_latents", None, *(c_void_p,) * 4)
         self.add = declared(library, "moray_add", None, c_void_p, c_void_p, c_void_p, c_int64)
         self.combine = declared(library, "moray_combine", None, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_void_p)
         # For native code of others.

@@ -287,8 +287,8 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     router = parts.engine()
     head, steps = router.model.logits, itertools.count()
 
-    def overflowing(hidden_states: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        logits = head(hidden_states, rows).clone()
+    def overflowing(sampled: torch.Tensor) -> torch.Tensor:
+        logits = head(sampled).clone()
         if next(steps) == 5:
             logits[1, 7] = math.nan
         return logits

@@ -248,8 +248,8 @@ def test_logits_behind_a_draft_that_are_no_numbers_are_as_if_not_computed(
     router = parts.engine(settings=drafting(3))
     head = router.model.logits
 
-    def overflowing(hidden_states: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        logits = head(hidden_states, rows).clone()
+    def overflowing(sampled: torch.Tensor) -> torch.Tensor:
+        logits = head(sampled).clone()
         logits[2:] = math.nan
         return logits
 

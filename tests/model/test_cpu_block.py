@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,36 @@ def test_two_parts_of_a_batch_have_the_bits_of_one(model: Model) -> None:
     expected = logits(model.transformer(), prompts, (35, 33, 1))
     found = logits(model.transformer(micro_batch_tokens=2), prompts, (35, 33, 1))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def counting_rows(begin: Callable[..., Any], rows: list[int]) -> Callable[..., Any]:
+    def counting(hidden_states: torch.Tensor, *rest: Any) -> Any:
+        rows.append(hidden_states.shape[0])
+        return begin(hidden_states, *rest)
+
+    return counting
+
+
+@pytest.mark.usefixtures("instructions")
+def test_rows_that_are_not_sampled_spare_the_last_layer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks in two halves of a prompt, one of them behind cached rows, beside decoding and drafts that are verified."""
+    ids = prompt(model.config, 60, 7)
+    tables = [list(range(10 * number, 10 * number + 10)) for number in range(3)]
+    begun = ForwardBatch(ids, [Segment(0, 30, 0, tables[0]), Segment(30, 30, 0, tables[1])], ())
+    mixed = ForwardBatch(
+        ids,
+        [Segment(0, 21, 30, tables[0]), Segment(21, 3, 30, tables[1]), Segment(24, 36, 0, tables[2])],
+        (20, 21, 22, 23, 59),
+    )
+    for micro_batch_tokens in (2, 1000):
+        spared, whole = (model.transformer(micro_batch_tokens=micro_batch_tokens) for _ in range(2))
+        last, entered = spared.blocks[-1], list[int]()
+        monkeypatch.setattr(last, "begin", counting_rows(last.begin, entered))
+        for batch in (begun, mixed):
+            expected = whole.hidden_states(batch)[list(batch.sample_rows)]
+            assert torch.equal(spared.sampled_states(batch), expected)
+            assert torch.equal(spared.cache, whole.cache)
+        assert entered == [5], "what is sampled, and nothing where nothing is"
 
 
 def test_rows_that_nobody_may_see_are_not_read(model: Model) -> None:

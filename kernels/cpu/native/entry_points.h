@@ -5,5 +5,5 @@
 #include "sampling.h"
 #include "sums.h"
 
-extern const moray::Kernels moray::MORAY_TABLE = {prepare,   linear_rows, swiglu,  grouped_mlp,
-                                                     attention, add,         combine, sampling::sample};
+extern const moray::Kernels moray::MORAY_TABLE = {
+    prepare, linear_rows, swiglu, grouped_mlp, attention, latents, add, combine, sampling::sample};

@@ -109,6 +109,10 @@ void moray_attention(const moray_layer *layer, const moray_batch *batch, moray_b
     kernels->attention(layer, batch, hidden, cache, normed, topk_ids, topk_weights);
 }
 
+void moray_latents(const moray_layer *layer, const moray_batch *batch, const moray_bf16 *hidden, moray_bf16 *cache) {
+    kernels->latents(layer, batch, hidden, cache);
+}
+
 void moray_add(moray_bf16 *hidden, const float *routed, const float *shared, int64_t elements) {
     if (routed || shared) kernels->add(hidden, routed, shared, elements);
 }

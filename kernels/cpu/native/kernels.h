@@ -13,6 +13,7 @@ struct Kernels {
     int (*grouped_mlp)(const moray_bf16 *, int32_t, const int32_t *, const int32_t *, int32_t, const moray_mlp *, int32_t,
                        moray_bf16 *);
     void (*attention)(const moray_layer *, const moray_batch *, moray_bf16 *, moray_bf16 *, moray_bf16 *, int64_t *, float *);
+    void (*latents)(const moray_layer *, const moray_batch *, const moray_bf16 *, moray_bf16 *);
     void (*add)(moray_bf16 *, const float *, const float *, int64_t);
     void (*combine)(const moray_bf16 *const *, const float *, int32_t, int32_t, int32_t, float *);
     void (*sample)(const float *, int64_t, int32_t, int32_t, const moray_sampling *, int32_t *);

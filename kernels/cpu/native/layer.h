@@ -4,48 +4,15 @@
 
 #include "attention.h"
 #include "gate.h"
-#include "gemm.h"
+#include "latents.h"
 
 namespace {
-
-// Root-mean-square norm; rounded after the norm and after the weight, as torch does in bf16. In place if out is x.
-INLINE void rms_norm(const bf16 *x, const bf16 *weight, int width, float eps, bf16 *out) {
-    Floats squares = all(0.0f);
-    int i = 0;
-    for (; i + LANES <= width; i += LANES) squares = multiply_add(widen_at(x + i), widen_at(x + i), squares);
-    float sum = sum_of(squares);
-    for (int j = i; j < width; j++) sum += widen(x[j]) * widen(x[j]);
-    const float scale = 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
-    bf16 rounded[LANES];
-    int c = 0;
-    for (; c + LANES <= width; c += LANES) {
-        narrow_to(rounded, widen_at(x + c) * all(scale));
-        narrow_to(out + c, widen_at(weight + c) * widen_at(rounded));
-    }
-    for (; c < width; c++) out[c] = narrow(widen(weight[c]) * widen(narrow(widen(x[c]) * scale)));
-}
-
-// Pairs (x0, x1), (x2, x3), ... turned by the token's angles; not in place. In two loops: where differences and sums stand side
-// by side, GCC 12 makes one fused instruction of them and the products, in spite of -ffp-contract=off, and other bits.
-INLINE void rotate(const bf16 *x, const float *rotation, int width, bf16 *out) {
-    for (int i = 0; i < width; i += 2) {
-        const float a = widen(x[i]) * rotation[i], b = widen(x[i + 1]) * rotation[i + 1];
-        out[i] = narrow(a - b);
-    }
-    for (int i = 0; i < width; i += 2) {
-        const float a = widen(x[i]) * rotation[i + 1], b = widen(x[i + 1]) * rotation[i];
-        out[i + 1] = narrow(a + b);
-    }
-}
 
 // Where a piece of work starts to read, of `heads` matrices whose groups are numbered one after the other; NULL past the last.
 INLINE const uint8_t *start_of_piece(const moray_matrix *matrices, int heads, int piece) {
     const int groups = groups_in(matrices[0]);
     return piece < heads * groups ? start_of(matrices[piece / groups], piece % groups) : nullptr;
 }
-
-// With so few tokens each thread computes a norm that all of them need for itself: less than waiting for another's takes.
-constexpr int FEW = 2;
 
 struct LayerJob {
     const moray_layer *layer;
@@ -62,19 +29,6 @@ struct LayerJob {
     moray::Stage *heads;  // [3, heads]: of each, groups of q_b, of key_up, and tiles of queries that are done
     moray::Stage norm, q_a, kv_a, q_norm, q_b, latents, key_up, attention, value_up, o, feed_forward_norm, gate, selection;
 };
-
-// Rows that every thread needs, by `norm(token, out)`: in memory of its own, or in `common` once all are done.
-template <typename Norm>
-INLINE const bf16 *normed_rows(int tokens, int64_t width, bf16 *common, moray::Stage &stage, Norm norm) {
-    if (tokens <= FEW) {
-        bf16 *own = static_cast<bf16 *>(moray::scratch(moray::NORMED, sizeof(bf16) * tokens * width));
-        for (int t = 0; t < tokens; t++) norm(t, own + t * width);
-        return own;
-    }
-    moray::share(stage, tokens, [&](int t) { norm(t, common + t * width); });
-    moray::wait_for(stage, tokens);
-    return common;
-}
 
 // The groups of a matrix that hold rows of `head`, `width` rows each: from the first on, how many.
 INLINE int first_group_of(int head, int width) { return head * width / (GROUP * TILE); }
@@ -134,12 +88,7 @@ static void attend_heads(LayerJob &job) {
 
     moray::share(
         job.latents, tokens, [&](int, int) { moray::wait_for(job.kv_a, groups_in(l.kv_a)); },
-        [&](int t) {
-            const bf16 *latent = job.latent + t * row;
-            bf16 *cached = job.cache + b.cache_rows[t] * row;
-            rms_norm(latent, l.kv_norm, l.kv_rank, l.eps, cached);
-            rotate(latent + l.kv_rank, b.rotation + static_cast<int64_t>(t) * l.rope, l.rope, cached + l.kv_rank);
-        });
+        [&](int t) { write_latent(l, b, job.latent, job.cache, t); });
 
     const int absorbing = groups_in(l.key_up[0]);
     moray::share(job.key_up, l.heads * absorbing, [&](int piece) {

@@ -96,6 +96,9 @@ int moray_grouped_mlp(const moray_bf16 *hidden_states, int32_t tokens, const int
 void moray_attention(const moray_layer *layer, const moray_batch *batch, moray_bf16 *hidden, moray_bf16 *cache,
                      moray_bf16 *normed, int64_t *topk_ids, float *topk_weights);
 
+// Of the same only what it writes to the cache: for tokens whose own output nobody needs. Segments and tables are not read.
+void moray_latents(const moray_layer *layer, const moray_batch *batch, const moray_bf16 *hidden, moray_bf16 *cache);
+
 // hidden += bf16(routed + shared), each [tokens, width]; routed or shared may be NULL.
 void moray_add(moray_bf16 *hidden, const float *routed, const float *shared, int64_t elements);
 

@@ -67,7 +67,8 @@ def test_the_bits_are_those_of_layers_one_by_one(models: Make, hosts: int, repli
     assert_equal(outputs(single, batches()), wanted)
     assert_equal(outputs(whole, batches()), wanted)
     calls = 2 * len(batches())
-    assert whole.ran == [True] * calls
+    assert all(whole.ran)
+    assert len(whole.ran) > calls, "of some the last layer is run for the sampled rows alone"
     assert whole.layers - before == calls * whole.routed
     assert_same_accounts(whole, single, python)
 
@@ -96,7 +97,8 @@ def test_no_shared_experts_and_several_dense_layers(tmp_path: Path) -> None:
         whole, python = made.model(), made.model(native=False, whole=False)
         before = whole.layers
         assert_equal(outputs(whole, batches()), outputs(python, batches()))
-        assert whole.layers - before == 2 * len(whole.ran) == 4 * len(batches())
+        assert all(whole.ran)
+        assert whole.layers - before == 4 * len(batches())
         assert_same_accounts(whole, python)
 
 
@@ -194,7 +196,7 @@ def test_who_is_asked_follows_how_the_hosts_are(models: Make, parts: EngineParts
 def test_what_was_described_once_is_described_again_for_other_routes(models: Make, parts: EngineParts) -> None:
     made = models(3, table=with_cold(parts))
     whole = made.model()
-    run, layers = run_of(whole.dispatch), whole.transformer._layers
+    run, layers = run_of(whole.dispatch), whole.transformer._layers[whole.transformer._all]
     one = batch((0, 0, 3))
     whole.transformer.hidden_states(one)
     routes, described = run._routes, run._described
