@@ -55,6 +55,8 @@ _ROUTER = "calibration"
 class _Nowhere:
     """In place of the experts, so that a router's own work is all there is: each gives its input back."""
 
+    elsewhere = False
+
     def start(self, layer: int, hidden_states: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         return hidden_states
 

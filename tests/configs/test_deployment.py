@@ -219,6 +219,14 @@ def test_the_pool_holds_the_longest_sequence(page: int, cache: int, pages: int) 
 
 
 @pytest.mark.parametrize(
+    ("routers", "shared"), [({}, True), ({"cpus": 4}, False), ({"threads": 2}, False), ({"replicas": 2}, True)]
+)
+def test_whose_cores_a_router_computes_on(routers: dict[str, Any], shared: bool) -> None:
+    settings = router_settings(Deployment.from_dict({"routers": routers}), CONFIG)
+    assert settings.shares_cores == shared, "with those of hosts, unless it is given some of its own"
+
+
+@pytest.mark.parametrize(
     ("raw", "gpus", "expected"),
     [
         ({}, 0, "auto"),

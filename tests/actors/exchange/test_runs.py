@@ -15,6 +15,7 @@ from moray.actors.links import LinkKind
 from moray.actors.messages import GenerateRequest
 from moray.actors.placement_table import COLD_HOST, PlacementTable
 from moray.actors.testing import EngineParts, random_prompt
+from moray.kernels.attention_plan import Segment
 from moray.model.compute import Compute
 from moray.model.sampling import SamplingParams
 from moray.model.testing import write_random_checkpoint
@@ -109,6 +110,15 @@ def test_micro_batches_are_for_blocks(models: Make) -> None:
     assert_equal(outputs(whole, some), outputs(python, some))
     assert whole.ran == [True] * 4, "eight tokens are two parts"
     assert_same_accounts(whole, python)
+
+
+def test_where_experts_share_the_cores_there_is_one_part(models: Make) -> None:
+    made = models(2)
+    whole = made.model(micro_batch_tokens=4, elsewhere=lambda: False)
+    python = made.model(native=False, whole=False, micro_batch_tokens=4)
+    some = [batch((0, 0, 7)), batch((1, 0, 8))]
+    assert_equal(outputs(whole, some), outputs(python, some))
+    assert whole.ran == [True] * 4, "eight tokens too"
 
 
 # ---- other tables, links and hosts ---------------------------------------------------------------------------------------
@@ -261,3 +271,12 @@ def test_routers_give_the_same_tokens(drafting: EngineParts, hosts: int, replica
         assert bool(run._described) == whole
         assert run.exchange.layers > 0
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("link", "shares_cores", "parts"), [("shm", True, 1), ("shm", False, 2), ("gloo", True, 2)])
+def test_two_parts_are_for_experts_elsewhere(
+    drafting: EngineParts, link: LinkKind, shares_cores: bool, parts: int
+) -> None:
+    router = drafting.engine(2, link, replace(testing.SETTINGS, shares_cores=shares_cores))
+    router.model.micro_batch_tokens = 4
+    assert len(router.model._parts([Segment(0, 8, 0, [0])])) == parts
