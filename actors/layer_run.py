@@ -57,7 +57,7 @@ class LayerRun:
         """Say what the layers are, and for those with experts where to ask for them, and where pairs are counted.
 
         Args:
-            routes: by layer, not empty; the same object as before for as long as it says the same.
+            layers, routes: the same objects as before for as long as they say the same; routes are by layer, not empty.
             load: address of int64 [E] for each layer.
         """
         if layers is self._layers and routes is self._routes:

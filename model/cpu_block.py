@@ -35,7 +35,7 @@ class Begun(Generic[Pending]):
 
 @dataclass(frozen=True, slots=True)
 class CpuLayer:
-    """A layer for native code that takes a batch through all of them.
+    """A layer for native code that takes a batch through several of them.
 
     Attributes:
         number: of the layer.
@@ -51,13 +51,13 @@ class CpuLayer:
 
 
 class LayerRunner(Protocol):
-    """Takes a batch through all layers without the interpreter between them."""
+    """Takes a batch through layers that follow each other without the interpreter between them."""
 
     def __call__(self, layers: Sequence[CpuLayer], hidden_states: torch.Tensor, batch: BatchTables) -> bool:
         """Through all of them, as `CpuBlock.begin` and `end` in turn would: the same bits.
 
         Args:
-            layers: always the same object for a model; what they describe stays where it is.
+            layers: the same object for the same layers; what they describe stays where it is.
             hidden_states: [T, H] contiguous bf16; the last layer's output afterwards.
             batch: of these tokens.
 
