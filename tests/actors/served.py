@@ -76,10 +76,10 @@ class Served:
         self.go = threading.Event()
         self.go.set()
         self.held = False
-        self._forward = self.router.model.hidden_states
+        self._forward = self.router.model.sampled_states
         self._dies_at = dies_at
         self._death = death
-        self.router.model.hidden_states = self._step  # type: ignore[method-assign]
+        self.router.model.sampled_states = self._step  # type: ignore[method-assign]
         self.server = RouterServer(self.router, bind_host="127.0.0.1", secret=SECRET, heartbeat=heartbeat)
         self.router.start()
 

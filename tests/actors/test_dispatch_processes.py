@@ -127,7 +127,7 @@ def test_a_process_that_is_killed_with_work_in_hand_costs_no_step(
 ) -> None:
     victim, tries = processes["expert-host-2"].pid, 0
     armed, killed = threading.Event(), threading.Event()
-    start, finish, forward = router.dispatch.start, router.dispatch.finish, router.model.hidden_states
+    start, finish, forward = router.dispatch.start, router.dispatch.finish, router.model.sampled_states
 
     def stopped_before(*arguments: Any) -> Any:
         if armed.is_set() and not killed.is_set():
@@ -149,7 +149,7 @@ def test_a_process_that_is_killed_with_work_in_hand_costs_no_step(
 
     monkeypatch.setattr(router.dispatch, "start", stopped_before)
     monkeypatch.setattr(router.dispatch, "finish", killed_before)
-    monkeypatch.setattr(router.model, "hidden_states", counted)
+    monkeypatch.setattr(router.model, "sampled_states", counted)
     assert ask(router, parts, "a", after=20, event=armed.set) == undisturbed
     stats = router.stats()
     assert killed.is_set()

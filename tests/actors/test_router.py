@@ -397,7 +397,7 @@ def test_a_broken_step_loop_fails_everything_and_says_so(parts: EngineParts) -> 
     def explode(_: object) -> None:
         raise ArithmeticError("the model is broken")
 
-    router.model.hidden_states = explode  # type: ignore[method-assign,assignment]
+    router.model.sampled_states = explode  # type: ignore[method-assign,assignment]
     router.start(on_failure=failed.set)
     router.submit(request(parts), recorder)
     recorder.wait("r")

@@ -116,7 +116,7 @@ def test_refusals_leave_it_usable(llm: LLM, prompts: Any, settings: dict[str, An
 
 def test_an_interrupt_leaves_it_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llm.generate([PROMPT], max_tokens=6, temperature=0.0, ignore_eos=True)
-    forward = llm.cluster.router.model.hidden_states
+    forward = llm.cluster.router.model.sampled_states
     steps = iter(range(3))
 
     def interrupted(batch: Any) -> Any:
@@ -124,7 +124,7 @@ def test_an_interrupt_leaves_it_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         return forward(batch)
 
-    monkeypatch.setattr(llm.cluster.router.model, "hidden_states", interrupted)
+    monkeypatch.setattr(llm.cluster.router.model, "sampled_states", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPT], max_tokens=50, temperature=0.0, ignore_eos=True)
     monkeypatch.undo()
