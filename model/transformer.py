@@ -193,8 +193,11 @@ class Transformer:
         Of a prompt only the last row is sampled. In the last layer the others are keys for it, and nothing else: there they
         are written to the cache, and not attended from, nor sent to experts. The bits are the same.
         """
+        others = len(batch.token_ids) - len(batch.sample_rows)
+        if not others:
+            return self.hidden_states(batch)
         rows = torch.tensor(batch.sample_rows, dtype=torch.int64, device=self.device)
-        if len(batch.token_ids) - len(batch.sample_rows) < SPARED_ROWS:
+        if others < SPARED_ROWS:
             return self.hidden_states(batch)[rows]
         parts = self._parts(batch.segments)
         below = self._through(self._embedded(batch), parts, self._below)
