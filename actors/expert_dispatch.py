@@ -204,14 +204,16 @@ class ExpertDispatch:
         finally:
             pending.close()
 
-    def run_layers(self, layers: Sequence[CpuLayer], hidden_states: torch.Tensor, batch: BatchTables) -> bool:
-        """Take a batch through all layers natively, each as `start` and `finish` would; see `LayerRunner`.
+    def run_layers(
+        self, layers: Sequence[CpuLayer], numbers: range, hidden_states: torch.Tensor, batch: BatchTables
+    ) -> bool:
+        """Take a batch through these layers natively, each as `start` and `finish` would; see `LayerRunner`.
 
         Raises:
             ExpertsUnavailableError: as they do.
         """
         self._receiver.attend()
-        return self._driver is not None and self._driver.drive(layers, hidden_states, batch, self)
+        return self._driver is not None and self._driver.drive(layers, numbers, hidden_states, batch, self)
 
     def _settle(self) -> None:
         if self._native is not None:

@@ -57,7 +57,7 @@ class LayerRun:
         """Say what the layers are, and for those with experts where to ask for them, and where pairs are counted.
 
         Args:
-            layers, routes: the same objects as before for as long as they say the same; routes are by layer, not empty.
+            routes: by layer, not empty; the same object as before for as long as it says the same.
             load: address of int64 [E] for each layer.
         """
         if layers is self._layers and routes is self._routes:
@@ -73,12 +73,13 @@ class LayerRun:
                 assert native_routes is not None, "as whoever calls has seen"
                 described.routed, described.routes = 1, native_routes
                 described.load = load(layer.number)
-        self._run.layers, self._run.count = self._described, len(layers)
+        self._run.layers = self._described
 
-    def begin(self, hidden_states: torch.Tensor, batch: BatchTables, *, hosts: int, epoch: int) -> None:
+    def begin(self, numbers: range, hidden_states: torch.Tensor, batch: BatchTables, *, hosts: int, epoch: int) -> None:
         """Begin with hidden_states [T, H], contiguous bf16, which change on the way; both must live until the end.
 
         Args:
+            numbers: of the layers to go through, which follow each other.
             hosts: of the routes.
             epoch: of the placement.
         """
@@ -89,11 +90,12 @@ class LayerRun:
             run.answered = self._answered.ctypes.data
         self._answered.fill(0)
         self._epoch, self._tokens = epoch, tokens
-        run.layer = run.stage = run.asked = run.last_wait_ns = run.leave_asking = 0
+        run.layer, run.count = numbers.start, numbers.stop
+        run.stage = run.asked = run.last_wait_ns = run.leave_asking = 0
         run.batch, run.hidden = batch.address, hidden_states.data_ptr()
 
     def go(self, lines: Sequence[HostLine | None], sequence: int) -> bool:
-        """Go on as far as possible; whether that is to the last layer's end.
+        """Go on as far as possible; whether that is to the end of the last of them.
 
         Args:
             lines: of the hosts of the routes; None where there is no link.

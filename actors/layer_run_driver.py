@@ -19,7 +19,7 @@ from .pending_experts import PendingExperts
 
 
 class LayerRunDriver:
-    """Takes batches through all layers, one at a time. For the router's thread.
+    """Takes batches through layers, one at a time. For the router's thread.
 
     Args:
         native: over the same exchange as `run`; asker: for what native code asked for in part.
@@ -41,11 +41,12 @@ class LayerRunDriver:
     def drive(
         self,
         layers: Sequence[CpuLayer],
+        numbers: range,
         hidden_states: torch.Tensor,
         batch: BatchTables,
         one_by_one: RoutedExperts[PendingExperts],
     ) -> bool:
-        """Take a batch through all layers; see `LayerRunner`.
+        """Take a batch through the layers with these numbers; see `LayerRunner`.
 
         Args:
             one_by_one: does a layer that native code does not.
@@ -58,7 +59,7 @@ class LayerRunDriver:
             return False
         for line in hosts.lines.values():
             line.keep_what_is_lent()
-        run.begin(hidden_states, batch, hosts=len(hosts.in_order), epoch=hosts.table.epoch)
+        run.begin(numbers, hidden_states, batch, hosts=len(hosts.in_order), epoch=hosts.table.epoch)
         claim: PendingExperts | None = None
         try:
             while not self._go():

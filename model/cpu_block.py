@@ -53,12 +53,15 @@ class CpuLayer:
 class LayerRunner(Protocol):
     """Takes a batch through layers that follow each other without the interpreter between them."""
 
-    def __call__(self, layers: Sequence[CpuLayer], hidden_states: torch.Tensor, batch: BatchTables) -> bool:
-        """Through all of them, as `CpuBlock.begin` and `end` in turn would: the same bits.
+    def __call__(
+        self, layers: Sequence[CpuLayer], numbers: range, hidden_states: torch.Tensor, batch: BatchTables
+    ) -> bool:
+        """Through those with these numbers, as `CpuBlock.begin` and `end` in turn would: the same bits.
 
         Args:
-            layers: the same object for the same layers; what they describe stays where it is.
-            hidden_states: [T, H] contiguous bf16; the last layer's output afterwards.
+            layers: all of a model's, always the same object; what they describe stays where it is.
+            numbers: of some that follow each other.
+            hidden_states: [T, H] contiguous bf16; the output of the last of them afterwards.
             batch: of these tokens.
 
         Returns:

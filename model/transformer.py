@@ -158,13 +158,11 @@ class Transformer:
         self.cache = form.create(config.cached_layers, pages, page_size, self.device)
         self._elsewhere = elsewhere
         self._run_layers = run_layers
-        # Native code is given the same list for the same blocks: what it knows of them stays.
-        self._all, self._below = range(len(self.blocks)), range(len(self.blocks) - 1)
-        self._last = range(len(self.blocks) - 1, len(self.blocks))
-        described = [b.described(self.cache[n]) for n, b in enumerate(self.blocks) if isinstance(b, CpuBlock)]
-        self._layers = {
-            numbers: described[numbers.start : numbers.stop] for numbers in (self._all, self._below, self._last)
-        }
+        self._layers = [
+            block.described(self.cache[number])
+            for number, block in enumerate(self.blocks)
+            if isinstance(block, CpuBlock)
+        ]
 
     def block(self, layer: int, weights: BlockWeights, routed: RoutedExperts[Pending]) -> LayerBlock:
         """Layer number `layer` with these weights."""
@@ -182,9 +180,7 @@ class Transformer:
     @torch.inference_mode()
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         """What `forward` has before the final norm, of every row: [T, H]."""
-        hidden_states = self._embedded(batch)
-        parts = self._parts(batch.segments)
-        return self._through(hidden_states, parts, self._all)
+        return self._through(self._embedded(batch), self._parts(batch.segments), range(len(self.blocks)))
 
     @torch.inference_mode()
     def sampled_states(self, batch: ForwardBatch) -> torch.Tensor:
@@ -199,16 +195,15 @@ class Transformer:
         rows = torch.tensor(batch.sample_rows, dtype=torch.int64, device=self.device)
         if others < SPARED_ROWS:
             return self.hidden_states(batch)[rows]
-        parts = self._parts(batch.segments)
-        below = self._through(self._embedded(batch), parts, self._below)
+        parts, last = self._parts(batch.segments), len(self.blocks) - 1
+        below = self._through(self._embedded(batch), parts, range(last))
         for begin, end, positions in parts:
-            cache = self.cache[len(self.blocks) - 1]
-            self.blocks[-1].fill(below[begin:end], positions.rotation, positions.cache_rows, cache)
+            self.blocks[last].fill(below[begin:end], positions.rotation, positions.cache_rows, self.cache[last])
         sampled = below[rows]
         if not batch.sample_rows:
             return sampled
         there = self.positions(segments_of_rows(batch))
-        return self._through(sampled, [(0, len(rows), there)], self._last)
+        return self._through(sampled, [(0, len(rows), there)], range(last, last + 1))
 
     def _embedded(self, batch: ForwardBatch) -> torch.Tensor:
         return self.embedding[torch.tensor(batch.token_ids, device=self.device)]
@@ -221,7 +216,7 @@ class Transformer:
         """hidden_states [T, H], which may be changed, through the blocks with these numbers."""
         if len(parts) == 1 and self._run_layers is not None:
             positions = parts[0][2]
-            if isinstance(positions, BatchTables) and self._run_layers(self._layers[numbers], hidden_states, positions):
+            if isinstance(positions, BatchTables) and self._run_layers(self._layers, numbers, hidden_states, positions):
                 return hidden_states
         return self._through_blocks(hidden_states, parts, numbers)
 

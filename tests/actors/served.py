@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import pytest
+
 from moray.actors import front_channel
 from moray.actors.deadline import Deadline
 from moray.actors.heartbeat import Heartbeat
@@ -79,7 +81,7 @@ class Served:
         self._forward = self.router.model.sampled_states
         self._dies_at = dies_at
         self._death = death
-        self.router.model.sampled_states = self._step  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(self.router.model, "sampled_states", self._step)  # for as long as the router lives
         self.server = RouterServer(self.router, bind_host="127.0.0.1", secret=SECRET, heartbeat=heartbeat)
         self.router.start()
 

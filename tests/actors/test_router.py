@@ -391,13 +391,13 @@ def test_stopping_fails_what_is_left_and_takes_nothing_more(parts: EngineParts, 
     assert not router.busy
 
 
-def test_a_broken_step_loop_fails_everything_and_says_so(parts: EngineParts) -> None:
+def test_a_broken_step_loop_fails_everything_and_says_so(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
     router, recorder, failed = parts.engine(), Recorder(), threading.Event()
 
     def explode(_: object) -> None:
         raise ArithmeticError("the model is broken")
 
-    router.model.sampled_states = explode  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(router.model, "sampled_states", explode)
     router.start(on_failure=failed.set)
     router.submit(request(parts), recorder)
     recorder.wait("r")

@@ -25,6 +25,9 @@ from .whole_models import Model, Models, assert_equal, batch, batches, outputs, 
 
 Make = Callable[..., Models]
 
+SPARED = 2
+"""Of `batches()`, those of which `forward` takes only the sampled rows through the last layer: in a run of its own."""
+
 
 @pytest.fixture
 def models(parts: EngineParts) -> Iterator[Make]:
@@ -68,8 +71,7 @@ def test_the_bits_are_those_of_layers_one_by_one(models: Make, hosts: int, repli
     assert_equal(outputs(single, batches()), wanted)
     assert_equal(outputs(whole, batches()), wanted)
     calls = 2 * len(batches())
-    assert all(whole.ran)
-    assert len(whole.ran) > calls, "of some the last layer is run for the sampled rows alone"
+    assert whole.ran == [True] * (calls + SPARED)
     assert whole.layers - before == calls * whole.routed
     assert_same_accounts(whole, single, python)
 
@@ -98,7 +100,7 @@ def test_no_shared_experts_and_several_dense_layers(tmp_path: Path) -> None:
         whole, python = made.model(), made.model(native=False, whole=False)
         before = whole.layers
         assert_equal(outputs(whole, batches()), outputs(python, batches()))
-        assert all(whole.ran)
+        assert whole.ran == [True] * (2 * len(batches()) + SPARED)
         assert whole.layers - before == 4 * len(batches())
         assert_same_accounts(whole, python)
 
@@ -206,13 +208,15 @@ def test_who_is_asked_follows_how_the_hosts_are(models: Make, parts: EngineParts
 def test_what_was_described_once_is_described_again_for_other_routes(models: Make, parts: EngineParts) -> None:
     made = models(3, table=with_cold(parts))
     whole = made.model()
-    run, layers = run_of(whole.dispatch), whole.transformer._layers[whole.transformer._all]
+    run, layers = run_of(whole.dispatch), whole.transformer._layers
     one = batch((0, 0, 3))
     whole.transformer.hidden_states(one)
     routes, described = run._routes, run._described
     whole.transformer.hidden_states(one)
     assert run._routes is routes
     assert run._described is described
+    whole.transformer.forward(batch((1, 0, 40)))
+    assert run._described is described, "also where the last layer is run apart"
     assert run._layers is layers
     whole.dispatch._hosts.lines["expert-host-0"].late = True
     whole.transformer.hidden_states(one)

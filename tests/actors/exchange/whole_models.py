@@ -90,8 +90,8 @@ class Model:
         )
         self.routed = len(parts.config.moe_layers)
 
-    def _run(self, layers: Sequence[CpuLayer], hidden_states: torch.Tensor, batch: BatchTables) -> bool:
-        ran = self.dispatch.run_layers(layers, hidden_states, batch)
+    def _run(self, layers: Sequence[CpuLayer], numbers: range, hidden_states: torch.Tensor, batch: BatchTables) -> bool:
+        ran = self.dispatch.run_layers(layers, numbers, hidden_states, batch)
         self.ran.append(ran)
         return ran
 
