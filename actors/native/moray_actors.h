@@ -162,7 +162,7 @@ enum { MORAY_ATTEND = 0, MORAY_SHARE = 1, MORAY_ASK = 2, MORAY_COLLECT = 3, MORA
 // A batch on its way through the layers.
 typedef struct {
     const moray_run_layer *layers;
-    int32_t count;
+    int32_t count;             // of `layers`, from the first one on, that the batch is to be through at the end
     int32_t layer, stage;      // what is to be done next
     int32_t asked;             // whether this layer's experts were asked for here, at least of one host; the caller, who goes
                                // on with what was left, sets it to 0
@@ -176,7 +176,7 @@ typedef struct {
     int32_t leave_asking;      // whether all experts are for the caller to ask for
     int64_t waited_ns;         // in all
     int64_t last_wait_ns;      // for this layer
-    moray_answered *answered;  // [count, hosts] of what was collected here; else zeros
+    moray_answered *answered;  // [layers, hosts] of what was collected here; else zeros
     moray_attention_function attention;
     moray_swiglu_function swiglu;
     moray_add_function add;
