@@ -25,9 +25,11 @@ INLINE void rows_of_block(const bf16 *cache, const int32_t *table, int page_size
     }
 }
 
-INLINE void fetch_rows(const bf16 *const *rows, int begin, int end) {
-    for (int r = 0; r < KEYS; r++)
-        for (int column = begin; rows[r] && column < end; column += 32) fetch(rows[r] + column);
+// Rows begin to end of a block, as lines to be fetched: as many of them as lie one after the other.
+INLINE Prefetch lines_of_rows(const bf16 *const *rows, int begin, int end, int width) {
+    int row = begin;
+    while (row < end && rows[row] && rows[row] == rows[begin] + static_cast<int64_t>(row - begin) * width) row++;
+    return {reinterpret_cast<const uint8_t *>(rows[begin]), (row - begin) * width / 32};
 }
 
 // One piece of work: queries and heads of one sequence.
@@ -43,7 +45,21 @@ struct AttentionJob {
     bf16 *out;            // [tokens, heads, kv_rank]
 };
 
-static void attend(const AttentionJob &job, const Piece &piece) {
+// The rows of the block that a piece begins with.
+INLINE void first_rows(const AttentionJob &job, const Piece &piece, const bf16 **rows) {
+    const int32_t *segment = job.batch->segment + 4 * piece.segment;
+    rows_of_block(job.cache, job.batch->tables + segment[3], job.batch->page_size, job.batch->row, 0,
+                  segment[2] + piece.first_query + piece.queries - 1, rows);
+}
+
+INLINE void fetch_first_rows(const AttentionJob &job, const Piece &piece) {
+    const bf16 *rows[KEYS];
+    first_rows(job, piece, rows);
+    for (int row = 0; row < KEYS && rows[row]; row++) fetch(lines_of_rows(rows, row, row + 1, job.batch->row));
+}
+
+// `next`: the piece after it, whose first keys are fetched; or NULL.
+static void attend(const AttentionJob &job, const Piece &piece, const Piece *next) {
     const moray_layer &layer = *job.layer;
     const moray_batch &batch = *job.batch;
     const int32_t *segment = batch.segment + 4 * piece.segment;
@@ -80,16 +96,18 @@ static void attend(const AttentionJob &job, const Piece &piece) {
     // Rows past the last query may hold anything, NaN included: they are zeros here, and masked below.
     const bf16 *blocks[2][KEYS];
     rows_of_block(job.cache, table, batch.page_size, width, 0, last_position, blocks[0]);
-    fetch_rows(blocks[0], 0, width);
     for (int key = 0; key <= last_position; key += KEYS) {
-        const bf16 **row = blocks[key / KEYS % 2], **next = blocks[(key / KEYS + 1) % 2];
-        rows_of_block(job.cache, table, batch.page_size, width, key + KEYS, last_position, next);
+        const bf16 **row = blocks[key / KEYS % 2], **later = blocks[(key / KEYS + 1) % 2];
+        if (key + KEYS <= last_position || !next)
+            rows_of_block(job.cache, table, batch.page_size, width, key + KEYS, last_position, later);
+        else
+            first_rows(job, *next, later);
         memset(scores, 0, sizeof(float) * rows * KEYS);
-        for (int c = 0; c < width; c += BLOCK) {
-            const int end = c + BLOCK < width ? c + BLOCK : width;
+        for (int c = 0, fetched = 0; c < width; c += BLOCK) {
+            const int end = c + BLOCK < width ? c + BLOCK : width, fetching = KEYS * end / width;
             pack_keys(row, c, end, keys);
-            multiply_packed(query, rows, KEYS / TILE, keys, c, end, scores, KEYS);
-            fetch_rows(next, c, end);
+            multiply_packed(query, rows, KEYS / TILE, keys, c, end, scores, KEYS, lines_of_rows(later, fetched, fetching, width));
+            fetched = fetching;
         }
         for (int r = 0; r < rows; r++) {
             const int seen = first_position + r / piece.heads - key + 1;  // keys of this block that the row sees
@@ -124,7 +142,7 @@ static void attend(const AttentionJob &job, const Piece &piece) {
         for (int c = 0; c < value; c += GROUP * TILE) {
             const int count = value - c < GROUP * TILE ? (value - c) / TILE : GROUP;
             pack_values(row, c, count, values);
-            multiply_packed(probability, rows, count, values, 0, KEYS, totals + c, value);
+            multiply_packed(probability, rows, count, values, 0, KEYS, totals + c, value, {nullptr, 0});
         }
     }
     for (int r = 0; r < rows; r++) {

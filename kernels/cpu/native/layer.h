@@ -111,12 +111,15 @@ static void attend_heads(LayerJob &job) {
 
     const int raising = groups_in(l.value_up[0]);
     const AttentionJob attention = {&l, &b, job.queries, job.cache, job.attended};
+    int expected = -1;  // the piece whose first keys were fetched already
     moray::share(job.attention, job.piece_count, [&](int number) {
         const Piece &piece = job.pieces[number];
+        if (number != expected) fetch_first_rows(attention, piece);
+        expected = number + 1;
         moray::wait_for(job.latents, tokens);
         for (int h = piece.first_head; h < piece.first_head + piece.heads; h++)
             moray::wait_for(key_done[h], absorbing, groups_ahead(l.value_up[h], 0, raising));
-        attend(attention, piece);
+        attend(attention, piece, number + 1 < job.piece_count ? job.pieces + number + 1 : nullptr);
         for (int h = piece.first_head; h < piece.first_head + piece.heads; h++) moray::did(attended[h], job.query_tiles);
     });
 

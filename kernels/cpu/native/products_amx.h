@@ -135,7 +135,8 @@ static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind
 
 // totals[r][t][16] += x[r] . tile[t], columns begin to end of x, of tiles of bf16 that were packed just now.
 static void multiply_packed(const bf16 *const *x, int rows, int tiles, const uint8_t *packed, int begin, int end, float *totals,
-                            int64_t row_stride) {
+                            int64_t row_stride, Prefetch ahead) {
+    fetch(ahead);
     multiply_panel_of_all(x, rows, tiles, {end - begin, packed, 64 * tiles, nullptr, 1.0f}, begin, totals, row_stride);
 }
 

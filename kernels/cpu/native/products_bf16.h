@@ -9,19 +9,14 @@
 namespace {
 
 constexpr int ROWS = 6;      // rows computed together: 24 sums, 6 pairs of activations and a pair of weights fill 31 registers
-// From LEAST_TALL rows up to MOST_TALL, one tile for TALL rows at a time: as many products for each weight that is
-// decoded, which happens in other units meanwhile. Experts with 12 to 20 rows each take 0.90-0.92 of the time so, on Zen 4;
-// 16 rows at a time, which lie 2 KB from each other, are too many for the first cache.
-constexpr int LEAST_TALL = 9;
-constexpr int TALL = 14;
-constexpr int MOST_TALL = 28;
-constexpr int DIRECT = 12;   // up to so many rows weights are decoded for every ROWS of them; more: once, into memory,
-                             // unless TALL ones are computed together
+constexpr int DIRECT = 10;   // up to so many rows weights are decoded for every ROWS of them; more: once, into memory
 constexpr int PANEL = BLOCK;  // columns computed for all rows at a time, if those are many: 16 KB of bf16, in the first cache
 
-// totals[r][t][16] += x[r] . tile[t], columns begin to end (begin a multiple of BLOCK); data points at column `begin`.
+// totals[r][t][16] += x[r] . tile[t], columns begin to end (begin a multiple of BLOCK); data points at column `begin`. Of e4m3
+// what follows is fetched meanwhile; of bf16 `each` lines for every two columns, from `later` on.
 template <int R, int T, int KIND>
-INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int end, float *totals, int64_t row_stride) {
+INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int end, float *totals, int64_t row_stride,
+                     const uint8_t *later, int each) {
     const uint8_t *at = tiles.data;
     const int64_t step = tiles.step;
     for (int block = begin; block < end; block += BLOCK) {
@@ -45,26 +40,26 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
                 }
             }
         } else if (KIND == MORAY_BF16) {
-            const auto columns = [&](auto fetching) __attribute__((always_inline)) {
-                const uint8_t *ahead = ahead_of(tiles, at, step * (BLOCK / 2), stop < end);
-                for (int k = block; k < stop; k += 2, at += step, ahead += step) {
+            const auto columns = [&](auto lines) __attribute__((always_inline)) {
+                for (int k = block; k < stop; k += 2, at += step, later += 64 * lines) {
                     Pair pair[R];
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) pair[r] = pair_at(x[r] + k);
 #pragma GCC unroll 8
                     for (int t = 0; t < T; t++) {
                         const Pairs w = pairs_at(at + 64 * t);
-                        if (fetching) fetch(ahead + 64 * t);
+                        if (t < lines) fetch(later + 64 * t);
 #pragma GCC unroll 8
                         for (int r = 0; r < R; r++) sum[r][t] = dot(sum[r][t], pair[r], w);
                     }
                 }
             };
-            // What is in the caches is not fetched, and for a single row the machine reads ahead well enough by itself.
-            if (R > 1 && tiles.next)
-                columns(std::true_type{});
-            else
-                columns(std::false_type{});
+            switch (each) {
+                case 0: columns(std::integral_constant<int, 0>{}); break;
+                case 1: columns(std::integral_constant<int, 1>{}); break;
+                case 2: columns(std::integral_constant<int, 2>{}); break;
+                default: columns(std::integral_constant<int, GROUP>{}); break;
+            }
         } else {
             const uint8_t *ahead = ahead_of(tiles, at, step * (BLOCK / 4), stop < end);
             for (int k = block; k < stop; k += 4, at += step, ahead += step) {
@@ -93,60 +88,53 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
 }
 
 template <int R, int KIND>
-static void multiply_tiles(const bf16 *const *x, const Tiles &tiles, int begin, int end, float *totals, int64_t row_stride) {
+static void multiply_tiles(const bf16 *const *x, const Tiles &tiles, int begin, int end, float *totals, int64_t row_stride,
+                           const uint8_t *later, int each) {
     switch (tiles.count) {
-        case 4: return multiply<R, 4, KIND>(x, tiles, begin, end, totals, row_stride);
-        case 3: return multiply<R, 3, KIND>(x, tiles, begin, end, totals, row_stride);
-        case 2: return multiply<R, 2, KIND>(x, tiles, begin, end, totals, row_stride);
-        case 1: return multiply<R, 1, KIND>(x, tiles, begin, end, totals, row_stride);
+        case 4: return multiply<R, 4, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
+        case 3: return multiply<R, 3, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
+        case 2: return multiply<R, 2, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
+        case 1: return multiply<R, 1, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
     }
 }
 
-// The same for any number of rows.
+// The same for any number of rows. `ahead` is fetched while bf16 is multiplied, but for a single row, for which the machine reads
+// ahead well enough by itself.
 template <int KIND>
 static void multiply_rows(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
-                          int64_t row_stride) {
+                          int64_t row_stride, Prefetch ahead = {nullptr, 0}) {
+    const int steps = (end - begin) / 2, places = (rows + ROWS - 1) / ROWS * steps;
+    const int each = rows == 1 ? 0 : (ahead.lines + places - 1) / places;
     while (rows > 0) {
+        const int fetching = ahead.lines > 0 ? each : 0;
         // The last two parts are even: one of a single row would use a sixth of the machine.
         const int now = rows <= ROWS ? rows : rows < 2 * ROWS ? (rows + 1) / 2 : ROWS;
         switch (now) {
-            case 6: multiply_tiles<6, KIND>(x, tiles, begin, end, totals, row_stride); break;
-            case 5: multiply_tiles<5, KIND>(x, tiles, begin, end, totals, row_stride); break;
-            case 4: multiply_tiles<4, KIND>(x, tiles, begin, end, totals, row_stride); break;
-            case 3: multiply_tiles<3, KIND>(x, tiles, begin, end, totals, row_stride); break;
-            case 2: multiply_tiles<2, KIND>(x, tiles, begin, end, totals, row_stride); break;
-            case 1: multiply_tiles<1, KIND>(x, tiles, begin, end, totals, row_stride); break;
+            case 6: multiply_tiles<6, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 5: multiply_tiles<5, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 4: multiply_tiles<4, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 3: multiply_tiles<3, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 2: multiply_tiles<2, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 1: multiply_tiles<1, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
         }
         x += now;
         totals += now * row_stride;
         rows -= now;
+        ahead = {ahead.at + 64 * steps * fetching, ahead.lines - steps * fetching};
     }
-}
-
-// One tile of e4m3 for R rows or fewer.
-template <int R>
-static void multiply_tall(const bf16 *const *x, int rows, const Tiles &tile, int begin, int end, float *totals,
-                          int64_t row_stride) {
-    if (rows == R) return multiply<R, 1, MORAY_E4M3>(x, tile, begin, end, totals, row_stride);
-    if constexpr (R > 1) multiply_tall<R - 1>(x, rows, tile, begin, end, totals, row_stride);
 }
 
 // Columns begin to end as bf16, into `decoded`; e4m3 alone.
 INLINE Tiles decoded_tiles(const Tiles &tiles, int begin, int end, uint8_t *decoded) {
     Tiles result = {tiles.count, decoded, 64 * tiles.count, tiles.scales, nullptr};
     const uint8_t *at = tiles.data;
-    for (int block = begin; block < end; block += BLOCK) {
-        const int stop = block + BLOCK < end ? block + BLOCK : end;
-        const uint8_t *ahead = ahead_of(tiles, at, tiles.step * (BLOCK / 4), stop < end);
-        for (int k = block; k < stop; k += 4, at += tiles.step, ahead += tiles.step, decoded += 2 * result.step)
-            for (int t = 0; t < tiles.count; t++) {
-                Pairs first, second;
-                decode(decoder, at + 64 * t, first, second);
-                fetch(ahead + 64 * t);
-                store_pairs(decoded + 64 * t, first);
-                store_pairs(decoded + result.step + 64 * t, second);
-            }
-    }
+    for (int k = begin; k < end; k += 4, at += tiles.step, decoded += 2 * result.step)
+        for (int t = 0; t < tiles.count; t++) {
+            Pairs first, second;
+            decode(decoder, at + 64 * t, first, second);
+            store_pairs(decoded + 64 * t, first);
+            store_pairs(decoded + result.step + 64 * t, second);
+        }
     return result;
 }
 
@@ -157,36 +145,28 @@ static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind
                     int64_t row_stride) {
     for (int r = 0; r < rows; r++) memset(totals + r * row_stride, 0, sizeof(float) * TILE * tiles.count);
     if (kind == MORAY_F32) return multiply_rows<MORAY_F32>(x, rows, tiles, 0, cols, totals, row_stride);
+    if (kind == MORAY_E4M3 && rows <= ROWS) return multiply_rows<MORAY_E4M3>(x, rows, tiles, 0, cols, totals, row_stride);
     // All rows of a panel before the next one: it stays in the first cache meanwhile.
-    const int columns = rows <= ROWS ? cols : PANEL;
     const int64_t bytes = tiles.step * (PANEL / (kind == MORAY_BF16 ? 2 : 4));
     Tiles panel = tiles;
-    for (int begin = 0; begin < cols; begin += columns, panel.data += bytes) {
-        const int end = begin + columns < cols ? begin + columns : cols;
+    for (int begin = 0; begin < cols; begin += PANEL, panel.data += bytes) {
+        const int end = begin + PANEL < cols ? begin + PANEL : cols;
         panel.next = end < cols ? panel.data + bytes : tiles.next;
-        if (kind == MORAY_BF16) {
-            multiply_rows<MORAY_BF16>(x, rows, panel, begin, end, totals, row_stride);
-        } else if (rows >= LEAST_TALL && rows <= MOST_TALL) {
-            Tiles tile = panel;
-            tile.count = 1;
-            for (int t = 0; t < panel.count; t++, tile.data += 64, tile.next += 64)
-                for (int at = 0, parts = (rows + TALL - 1) / TALL, now; at < rows; at += now, parts--) {
-                    now = (rows - at + parts - 1) / parts;
-                    multiply_tall<TALL>(x + at, now, tile, begin, end, totals + at * row_stride + t * TILE, row_stride);
-                }
-        } else if (rows <= DIRECT) {
+        if (kind == MORAY_E4M3 && rows <= DIRECT) {
             multiply_rows<MORAY_E4M3>(x, rows, panel, begin, end, totals, row_stride);
-        } else {
-            alignas(64) uint8_t decoded[sizeof(bf16) * PANEL * TILE * GROUP];
-            multiply_rows<MORAY_BF16>(x, rows, decoded_tiles(panel, begin, end, decoded), begin, end, totals, row_stride);
+            continue;
         }
+        const Prefetch ahead = {panel.next, panel.next ? static_cast<int>(bytes / 64) : 0};
+        alignas(64) uint8_t decoded[sizeof(bf16) * PANEL * TILE * GROUP];
+        multiply_rows<MORAY_BF16>(x, rows, kind == MORAY_BF16 ? panel : decoded_tiles(panel, begin, end, decoded), begin, end,
+                                  totals, row_stride, ahead);
     }
 }
 
 // totals[r][t][16] += x[r] . tile[t], columns begin to end of x, of tiles of bf16 that were packed just now.
 static void multiply_packed(const bf16 *const *x, int rows, int tiles, const uint8_t *packed, int begin, int end, float *totals,
-                            int64_t row_stride) {
-    multiply_rows<MORAY_BF16>(x, rows, {tiles, packed, 64 * tiles, nullptr, nullptr}, begin, end, totals, row_stride);
+                            int64_t row_stride, Prefetch ahead) {
+    multiply_rows<MORAY_BF16>(x, rows, {tiles, packed, 64 * tiles, nullptr, nullptr}, begin, end, totals, row_stride, ahead);
 }
 
 #endif

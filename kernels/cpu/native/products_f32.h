@@ -219,8 +219,9 @@ static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind
 
 // totals[r][t][16] += x[r] . tile[t], columns begin to end of x, at most BLOCK, of tiles of bf16 that were packed just now.
 static void multiply_packed(const bf16 *const *x, int rows, int tiles, const uint8_t *packed, int begin, int end, float *totals,
-                            int64_t row_stride) {
+                            int64_t row_stride, Prefetch ahead) {
     alignas(64) float wide[ROW_BLOCK * BLOCK];
+    fetch(ahead);
     widen_rows(x, rows, begin, end, 1.0f, wide);
     multiply_rows<MORAY_BF16>(wide, rows, {packed, 64 * tiles, end - begin, 1.0f, nullptr}, tiles, totals, row_stride);
 }

@@ -55,5 +55,16 @@ INLINE const uint8_t *ahead_of(const Tiles &tiles, const uint8_t *block, int64_t
 // attention took 1.1 times as long (Zen 4).
 INLINE void fetch(const void *line) { __builtin_prefetch(line, 0, 2); }
 
+// Lines that lie one after the other, to be fetched while others are multiplied, a few at a time: a core waits for a few dozen of
+// them at once, and does nothing while it is asked for more. Where a panel's were all asked for before the panel in front of it was
+// multiplied, 32 rows of e4m3 took 1.15 times as long (Zen 5).
+struct Prefetch {
+    const uint8_t *at;
+    int lines;
+};
+INLINE void fetch(const Prefetch &ahead) {
+    for (int line = 0; line < ahead.lines; line++) fetch(ahead.at + 64 * line);
+}
+
 }  // namespace
 #endif
