@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..kernels.mla import Segment
-from ..kernels.sampling import NOT_FINITE, RowSampling, sample
+from ..kernels.sampling import GREEDY, NOT_FINITE, RowSampling, sample
 from ..model.transformer import ForwardBatch
 from .messages import FinishReason, TokenLogprobs
 from .scheduler import Chunk, Sequence
@@ -104,6 +104,8 @@ def _finish_reason(sequence: Sequence, token: int, more: int, max_context: int) 
 def row_sampling(sequence: Sequence, number: int = 0) -> RowSampling:
     """How the token is chosen that comes `number` tokens after a sequence's next one."""
     s = sequence.request.sampling
+    if s.temperature <= 0.0:
+        return GREEDY
     return RowSampling(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, len(sequence.tokens) + number)
 
 

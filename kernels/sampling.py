@@ -49,6 +49,9 @@ class RowSampling:
     position: int
 
 
+GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0)
+"""The same wherever a greedy row stands."""
+
 NOT_FINITE = -1
 """In place of a token: the row's logits give no choice."""
 
@@ -69,7 +72,10 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list[int]:
     if uses_triton(logits):
         return _sample_on_device(logits, rows)
     if (library := native()) is not None:
-        return cpu_sampling.choose(library, logits, array("q", [field for row in rows for field in _packed(row)]))
+        table = array("q")
+        for row in rows:
+            table.extend(_packed(row))
+        return cpu_sampling.choose(library, logits, table)
     return _sample_reference(logits, rows)
 
 
@@ -86,10 +92,13 @@ def _sample_on_device(logits: torch.Tensor, rows: Sequence[RowSampling]) -> list
     return tokens
 
 
-def _packed(row: RowSampling) -> list[int]:
+_GREEDILY = (0,) * len(sampling_kernels.FIELDS)
+
+
+def _packed(row: RowSampling) -> Sequence[int]:
     """A row's line of the table that goes to a kernel, in the order of `sampling_kernels.FIELDS`."""
     if row.temperature <= 0.0:
-        return [0] * len(sampling_kernels.FIELDS)
+        return _GREEDILY
     numbers = struct.pack("<3d", _bounded(row.temperature), row.top_p, row.min_p)
     temperature, top_p, min_p = struct.unpack("<3q", numbers)
     return [temperature, min(row.top_k, MAX_VOCABULARY), top_p, min_p, noise_key(row.seed, row.position)]

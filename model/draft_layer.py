@@ -16,7 +16,6 @@ import torch
 
 from ..kernels.attention_plan import Segment
 from ..kernels.linear import linear
-from ..kernels.rms_norm import rms_norm
 from .moe import Pending, RoutedExperts
 from .transformer import Transformer, head_logits
 from .weights import DraftWeights
@@ -56,7 +55,6 @@ class DraftLayer:
         layer = model.config.num_hidden_layers
         self.model = model
         self.weights = weights
-        self.eps = model.config.rms_norm_eps
         self.block = model.block(layer, weights.block, routed)
         self.cache = model.cache[layer]
 
@@ -77,7 +75,7 @@ class DraftLayer:
         """
         model = self.model
         known = hidden_states[torch.tensor(batch.rows, dtype=torch.int64, device=model.device)]
-        entering = self._combined(batch.next_ids, rms_norm(known, model.norm, self.eps))
+        entering = self._combined(batch.next_ids, model.normed(known, model.norm))
         going = [index for index, count in enumerate(batch.wanted) if count]
         ends = [batch.segments[index].start + batch.segments[index].length - 1 for index in going]
         self._fill(entering, batch.segments, except_for=set(ends))
@@ -87,7 +85,7 @@ class DraftLayer:
         while going:
             places = [self._after(batch.segments[index], row, number) for row, index in enumerate(going)]
             output = self.block.end(self.block.begin(entering, model.positions(places), self.cache))
-            logits = head_logits(rms_norm(output, self.weights.norm, self.eps), model.head)
+            logits = head_logits(model.normed(output, self.weights.norm), model.head)
             tokens = choose(going, logits, number)
             number += 1
             on = []
@@ -104,10 +102,10 @@ class DraftLayer:
 
     def _combined(self, next_ids: Sequence[int], hidden_states: torch.Tensor) -> torch.Tensor:
         """The layer's input [R, H] from R tokens and the hidden states [R, H] of the positions before them."""
-        embedded = self.model.embedding[torch.tensor(next_ids, dtype=torch.int64, device=self.model.device)]
+        embedded = self.model.embedded(next_ids)
         normed = (
-            rms_norm(embedded, self.weights.embedding_norm, self.eps),
-            rms_norm(hidden_states, self.weights.hidden_norm, self.eps),
+            self.model.normed(embedded, self.weights.embedding_norm),
+            self.model.normed(hidden_states, self.weights.hidden_norm),
         )
         return linear(torch.cat(normed, dim=-1), self.weights.projection)
 

@@ -12,6 +12,8 @@ import torch
 from ..kernels.attention_plan import AttentionPlan, Segment
 from ..kernels.cpu.attention import BatchTables, PackedAttention
 from ..kernels.cpu.matrix import linear as packed_linear
+from ..kernels.cpu.rows import rms_norm as packed_rms_norm
+from ..kernels.cpu.rows import rows_of
 from ..kernels.experts import swiglu_mlp
 from ..kernels.fp8 import Weight
 from ..kernels.kv_pages import KvFormat
@@ -180,7 +182,7 @@ class Transformer:
     @torch.inference_mode()
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         """What `forward` has before the final norm, of every row: [T, H]."""
-        return self._through(self._embedded(batch), self._parts(batch.segments), range(len(self.blocks)))
+        return self._through(self.embedded(batch.token_ids), self._parts(batch.segments), range(len(self.blocks)))
 
     @torch.inference_mode()
     def sampled_states(self, batch: ForwardBatch) -> torch.Tensor:
@@ -196,7 +198,7 @@ class Transformer:
         if others < SPARED_ROWS:
             return self.hidden_states(batch)[rows]
         parts, last = self._parts(batch.segments), len(self.blocks) - 1
-        below = self._through(self._embedded(batch), parts, range(last))
+        below = self._through(self.embedded(batch.token_ids), parts, range(last))
         for begin, end, positions in parts:
             self.blocks[last].fill(below[begin:end], positions.rotation, positions.cache_rows, self.cache[last])
         sampled = below[rows]
@@ -205,8 +207,11 @@ class Transformer:
         there = self.positions(segments_of_rows(batch))
         return self._through(sampled, [(0, len(rows), there)], range(last, last + 1))
 
-    def _embedded(self, batch: ForwardBatch) -> torch.Tensor:
-        return self.embedding[torch.tensor(batch.token_ids, device=self.device)]
+    def embedded(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """What tokens enter the layers as: [len(token_ids), H]."""
+        if self.packed:
+            return rows_of(self.embedding, token_ids)
+        return self.embedding[torch.tensor(token_ids, dtype=torch.int64, device=self.device)]
 
     def _parts(self, segments: Sequence[Segment]) -> list[_Part]:
         tokens = self.micro_batch_tokens if self._elsewhere() else None
@@ -240,11 +245,18 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] in fp32 of rows [R, H] as `sampled_states` gives them."""
-        return head_logits(rms_norm(hidden_states, self.norm, self.config.rms_norm_eps), self.head)
+        return head_logits(self.normed(hidden_states, self.norm), self.head)
+
+    def normed(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """hidden_states [R, H] behind a norm with `weight` [H]."""
+        norm = packed_rms_norm if self.packed else rms_norm
+        return norm(hidden_states, weight, self.config.rms_norm_eps)
 
     def positions(self, segments: Sequence[Segment]) -> BatchPositions | BatchTables:
         """Where the tokens of these segments stand, as the blocks want it."""
         size = self.page_size
+        if self.packed:
+            return BatchTables.of_segments(segments, self.rotation, page_size=size, row=self.cache.shape[-1])
         position = [p for s in segments for p in range(s.position, s.position + s.length)]
         rows = [
             s.block_table[p // size] * size + p % size
@@ -252,11 +264,8 @@ class Transformer:
             for p in range(s.position, s.position + s.length)
         ]
         index = torch.tensor([position, rows], dtype=torch.int64).to(self.device)  # in one copy
-        rotation = self.rotation[index[0]]
-        if self.packed:
-            return BatchTables(segments, size, self.cache.shape[-1], index[1], rotation)
         plan = AttentionPlan.build(segments, size, self.device)
-        return BatchPositions(index[0], index[1], rotation, plan)
+        return BatchPositions(index[0], index[1], self.rotation[index[0]], plan)
 
 
 def head_logits(normed: torch.Tensor, head: Weight) -> torch.Tensor:

@@ -7,6 +7,7 @@ beside its arithmetic is paid once a layer. `model/attention.py` and `model/moe.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,35 +74,66 @@ class PackedGate:
 class BatchTables:
     """Where the tokens of a step stand, for every layer.
 
-    Args:
-        segments: of the batch; together they cover its rows.
-        page_size: positions a page.
-        row: elements of a cached row.
-        cache_rows: [T] int64, page * page_size + offset of each token.
-        rotation: [T, rope / 2, 2] fp32.
-
     Attributes:
         tokens: T.
-        cache_rows, rotation: as given.
+        cache_rows: [T] int64, page * page_size + offset of each token.
+        rotation: [T, rope / 2, 2] fp32, of each token's position.
         address: of the `moray_batch`; valid for as long as the tables are there.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], page_size: int, row: int, cache_rows: torch.Tensor, rotation: torch.Tensor
+        self,
+        lines: array[int],
+        pages: array[int],
+        cache_rows: torch.Tensor,
+        rotation: torch.Tensor,
+        *,
+        page_size: int,
+        row: int,
     ) -> None:
-        kept = [segment for segment in segments if segment.length]
-        lines: list[int] = []
-        pages: list[int] = []
-        for segment in kept:
-            lines += [segment.start, segment.length, segment.position, len(pages)]
-            pages += segment.pages(page_size)
+        """Lines and pages are those of `moray_batch`; see `of_segments` and `of_rows`."""
         self.tokens = cache_rows.shape[0]
         # The library keeps no reference: these live as long as this object.
-        self.cache_rows, self.rotation = cache_rows.contiguous(), rotation.contiguous()
-        self._tables = torch.tensor(lines, dtype=torch.int32), torch.tensor(pages, dtype=torch.int32)
-        tensors = (*self._tables, self.cache_rows, self.rotation)
-        self._batch = Batch(self.tokens, len(kept), page_size, row, *(tensor.data_ptr() for tensor in tensors))
+        self.cache_rows, self.rotation, self._tables = cache_rows, rotation, (lines, pages)
+        addresses = lines.buffer_info()[0], pages.buffer_info()[0], cache_rows.data_ptr(), rotation.data_ptr()
+        self._batch = Batch(self.tokens, len(lines) // 4, page_size, row, *addresses)
         self.address = ctypes.addressof(self._batch)
+
+    @classmethod
+    def of_segments(
+        cls, segments: Sequence[Segment], rotations: torch.Tensor, *, page_size: int, row: int
+    ) -> BatchTables:
+        """Of a batch.
+
+        Args:
+            segments: together they cover its rows.
+            rotations: [positions, rope / 2, 2] contiguous fp32.
+            page_size: positions a page.
+            row: elements of a cached row.
+
+        Raises:
+            IndexError: there is no rotation for a segment's positions.
+        """
+        lines, pages, tokens = array("i"), array("i"), 0
+        for segment in segments:
+            if segment.length:
+                lines.extend((segment.start, segment.length, segment.position, len(pages)))
+                pages.extend(segment.pages(page_size))
+                tokens += segment.length
+        cache_rows = torch.empty(tokens, dtype=torch.int64)
+        rotation = torch.empty((tokens, *rotations.shape[1:]), dtype=torch.float32)
+        if loaded().place(
+            *(lines.buffer_info()[0], len(lines) // 4, pages.buffer_info()[0], page_size),
+            *(rotations.data_ptr(), rotations.shape[0], rotations[0].numel()),
+            *(cache_rows.data_ptr(), rotation.data_ptr()),
+        ):
+            raise IndexError(f"positions past the {rotations.shape[0]} that there are: {list(segments)}")
+        return cls(lines, pages, cache_rows, rotation, page_size=page_size, row=row)
+
+    @classmethod
+    def of_rows(cls, cache_rows: torch.Tensor, rotation: torch.Tensor, *, page_size: int, row: int) -> BatchTables:
+        """Of tokens that only write to the cache; see the attributes."""
+        return cls(array("i"), array("i"), cache_rows.contiguous(), rotation.contiguous(), page_size=page_size, row=row)
 
 
 class AttentionKernel:
@@ -186,7 +218,7 @@ class AttentionKernel:
             rotation, cache_rows: of these tokens, see `BatchTables`.
             cache: [P, page_size, kv_rank + rope] contiguous bf16.
         """
-        batch = BatchTables((), cache.shape[1], cache.shape[2], cache_rows, rotation)
+        batch = BatchTables.of_rows(cache_rows, rotation, page_size=cache.shape[1], row=cache.shape[2])
         loaded().latents(self.address, batch.address, hidden_states.data_ptr(), cache.data_ptr())
 
 

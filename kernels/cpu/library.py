@@ -95,6 +95,20 @@ class NativeLibrary:
             library, "moray_pack", None, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p
         )  # source, stride, rows, columns, kind, packed
         self.linear = declared(library, "moray_linear", None, c_void_p, c_int32, c_void_p, c_void_p, c_int)
+        self.rms_norm = declared(
+            library, "moray_rms_norm", None, c_void_p, c_int32, c_int32, c_void_p, c_float, c_void_p
+        )  # x, rows, width, weight, eps, out
+        self.rows = declared(
+            library, "moray_rows", c_int, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_void_p
+        )  # table, rows, bytes of one, numbers, how many, out
+        self.place = declared(
+            library,
+            "moray_place",
+            c_int,
+            *(c_void_p, c_int32, c_void_p, c_int32),  # segments, how many, tables, page size
+            *(c_void_p, c_int64, c_int32),  # rotations, positions, elements of one
+            *(c_void_p, c_void_p),  # cache rows, rotation
+        )
         self.swiglu = declared(library, "moray_swiglu", None, c_void_p, c_int32, c_void_p, c_void_p)
         self.grouped_mlp = declared(
             library,

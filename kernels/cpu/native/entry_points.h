@@ -6,4 +6,4 @@
 #include "sums.h"
 
 extern const moray::Kernels moray::MORAY_TABLE = {
-    prepare, linear_rows, swiglu, grouped_mlp, attention, latents, add, combine, sampling::sample};
+    prepare, linear_rows, norm_rows, swiglu, grouped_mlp, attention, latents, add, combine, sampling::sample};

@@ -95,6 +95,10 @@ void moray_linear(const moray_bf16 *x, int32_t tokens, const moray_matrix *matri
     kernels->linear(x, tokens, matrix, out, out_f32);
 }
 
+void moray_rms_norm(const moray_bf16 *x, int32_t rows, int32_t width, const moray_bf16 *weight, float eps, moray_bf16 *out) {
+    kernels->rms_norm(x, rows, width, weight, eps, out);
+}
+
 void moray_swiglu(const moray_bf16 *x, int32_t tokens, const moray_mlp *mlp, float *out) {
     kernels->swiglu(x, tokens, mlp, out);
 }

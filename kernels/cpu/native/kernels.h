@@ -9,6 +9,7 @@ namespace moray {
 struct Kernels {
     void (*prepare)();
     void (*linear)(const moray_bf16 *, int32_t, const moray_matrix *, void *, int);
+    void (*rms_norm)(const moray_bf16 *, int32_t, int32_t, const moray_bf16 *, float, moray_bf16 *);
     void (*swiglu)(const moray_bf16 *, int32_t, const moray_mlp *, float *);
     int (*grouped_mlp)(const moray_bf16 *, int32_t, const int32_t *, const int32_t *, int32_t, const moray_mlp *, int32_t,
                        moray_bf16 *);

@@ -23,6 +23,31 @@ INLINE void rms_norm(const bf16 *x, const bf16 *weight, int width, float eps, bf
     for (; c < width; c++) out[c] = narrow(widen(weight[c]) * widen(narrow(widen(x[c]) * scale)));
 }
 
+struct NormJob {
+    const bf16 *x, *weight;
+    int32_t rows, width;
+    float eps;
+    bf16 *out;
+    moray::Stage done;
+};
+
+static void norm_task(void *argument) {
+    NormJob &job = *static_cast<NormJob *>(argument);
+    moray::share(job.done, job.rows, [&](int row) {
+        const int64_t at = static_cast<int64_t>(row) * job.width;
+        rms_norm(job.x + at, job.weight, job.width, job.eps, job.out + at);
+    });
+    moray::wait_for(job.done, job.rows);
+}
+
+static void norm_rows(const bf16 *x, int32_t rows, int32_t width, const bf16 *weight, float eps, bf16 *out) {
+    NormJob job = {x, weight, rows, width, eps, out, {}};
+    if (static_cast<int64_t>(rows) * width < 1 << 17)  // less than a wake-up costs
+        norm_task(&job);
+    else
+        moray::run(norm_task, &job);
+}
+
 // Pairs (x0, x1), (x2, x3), ... turned by the token's angles; not in place. In two loops: where differences and sums stand side
 // by side, GCC 12 makes one fused instruction of them and the products, in spite of -ffp-contract=off, and other bits.
 INLINE void rotate(const bf16 *x, const float *rotation, int width, bf16 *out) {

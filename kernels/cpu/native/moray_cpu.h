@@ -83,6 +83,17 @@ void moray_pack(const void *source, int64_t stride, int32_t rows, int32_t cols, 
 // out [tokens, rows] = x [tokens, cols] times the matrix transposed; bf16, or fp32 if out_f32.
 void moray_linear(const moray_bf16 *x, int32_t tokens, const moray_matrix *matrix, void *out, int out_f32);
 
+// out [rows, width] = each row of x over its root mean square, times weight [width]; out may be x.
+void moray_rms_norm(const moray_bf16 *x, int32_t rows, int32_t width, const moray_bf16 *weight, float eps, moray_bf16 *out);
+
+// out [count, row_bytes] = rows of a table [rows, row_bytes] with these numbers. 0, or -1: one is out of range.
+int moray_rows(const void *table, int64_t rows, int64_t row_bytes, const int64_t *numbers, int32_t count, void *out);
+
+// What a moray_batch says of each token, from its segments and their pages. rotations: of each position, [positions, rope].
+// 0, or -1: a position is out of range.
+int moray_place(const int32_t *segment, int32_t segments, const int32_t *tables, int32_t page_size, const float *rotations,
+                int64_t positions, int32_t rope, int64_t *cache_rows, float *rotation);
+
 // One SwiGLU MLP for all rows of x [tokens, hidden]; out fp32 [tokens, hidden].
 void moray_swiglu(const moray_bf16 *x, int32_t tokens, const moray_mlp *mlp, float *out);
 
