@@ -6,17 +6,21 @@
 
 namespace {
 
-// Whether score `a` of expert or group `i` comes before `b` of `j`: a NaN before all numbers, of equals the lower number.
-INLINE bool before(float a, int i, float b, int j) {
-    if (a != a) return b == b || i < j;
-    if (b != b) return false;
-    return a > b || (a == b && i < j);
+// Integers in the order of the scores: a NaN before all numbers, -0 like 0.
+INLINE int32_t rank_of(float score) {
+    int32_t bits;
+    memcpy(&bits, &score, 4);
+    if (score != score) return INT32_MAX;
+    return bits >= 0 ? bits : static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(bits));
 }
+constexpr int32_t BARRED = INT32_MIN;  // below every score's
 
-INLINE int best_of(const float *scores, int count, const uint8_t *barred) {
-    int best = -1;
-    for (int i = 0; i < count; i++)
-        if (!(barred && barred[i]) && (best < 0 || before(scores[i], i, scores[best], best))) best = i;
+// The first of the largest. In two loops, of which compilers make vectors of the first.
+INLINE int best_of(const int32_t *ranks, int count) {
+    int32_t largest = BARRED;
+    for (int i = 0; i < count; i++) largest = ranks[i] > largest ? ranks[i] : largest;
+    int best = 0;
+    while (best < count - 1 && ranks[best] != largest) best++;
     return best;
 }
 
@@ -27,8 +31,8 @@ INLINE void exponentials(float *x, int count) {
     for (; i < count; i++) x[i] = exponential(all(x[i]))[0];
 }
 
-// The choice of kernels/gate.py for one token; `scores` and `choice` are room for `experts` floats each.
-static void select_experts(const moray_layer &layer, const float *logits, float *scores, float *choice, uint8_t *barred,
+// The choice of kernels/gate.py for one token; `scores`, `choice` and `ranks` are room for `experts` numbers each.
+static void select_experts(const moray_layer &layer, const float *logits, float *scores, float *choice, int32_t *ranks,
                            int64_t *ids, float *weights) {
     const int experts = layer.experts, size = experts / layer.groups;
     if (layer.softmax) {
@@ -44,29 +48,36 @@ static void select_experts(const moray_layer &layer, const float *logits, float 
         for (int e = 0; e < experts; e++) scores[e] = 1.0f / (1.0f + scores[e]);
     }
     for (int e = 0; e < experts; e++) choice[e] = layer.gate_bias ? scores[e] + layer.gate_bias[e] : scores[e];
-    memset(barred, 0, experts + layer.groups);
-    uint8_t *barred_groups = barred + experts;
+    for (int e = 0; e < experts; e++) ranks[e] = rank_of(choice[e]);
     if (layer.groups > 1) {
-        float best[layer.groups];
+        int32_t best[layer.groups];
+        bool kept[layer.groups];
         for (int g = 0; g < layer.groups; g++) {
-            const float *member = choice + g * size;
-            const int first = best_of(member, size, nullptr);
-            best[g] = member[first];
+            int32_t *member = ranks + g * size;
+            const int first = best_of(member, size);
+            float score = choice[g * size + first];
             if (layer.gate_bias) {
-                barred[g * size + first] = 1;
-                best[g] += member[best_of(member, size, barred + g * size)];
-                barred[g * size + first] = 0;
+                const int32_t rank = member[first];
+                member[first] = BARRED;
+                score += choice[g * size + best_of(member, size)];
+                member[first] = rank;
             }
+            best[g] = rank_of(score);
+            kept[g] = false;
         }
-        for (int kept = 0; kept < layer.kept_groups; kept++) barred_groups[best_of(best, layer.groups, barred_groups)] = 1;
+        for (int count = 0; count < layer.kept_groups; count++) {
+            const int g = best_of(best, layer.groups);
+            best[g] = BARRED;
+            kept[g] = true;
+        }
         // Experts of other groups come after all of these, lower numbers first: as if their scores were -infinity.
-        for (int e = 0; e < experts; e++)
-            if (!barred_groups[e / size]) choice[e] = -INFINITY;
+        const int32_t last = rank_of(-INFINITY);
+        for (int e = 0; e < experts; e++) ranks[e] = kept[e / size] ? ranks[e] : last;
     }
     float total = 0.0f;
     for (int k = 0; k < layer.top_k; k++) {
-        const int e = best_of(choice, experts, barred);
-        barred[e] = 1;
+        const int e = best_of(ranks, experts);
+        ranks[e] = BARRED;
         ids[k] = e;
         weights[k] = scores[e];
         total += scores[e];

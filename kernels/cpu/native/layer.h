@@ -189,12 +189,12 @@ static void layer_task(void *argument) {
         job.feed_forward_norm, tokens, [&](int, int) { moray::wait_for(job.o, groups_in(l.o)); },
         [&](int t) { norm(t, job.normed + t * hidden_size); });
     if (l.experts) {
-        float *room = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * 4 * l.experts));
+        float *room = static_cast<float *>(moray::scratch(moray::TOTALS, sizeof(float) * 3 * l.experts));
         moray::share(
             job.selection, tokens, [&](int, int) { moray::wait_for(job.gate, parts); },
             [&](int t) {
                 select_experts(l, job.logits + static_cast<int64_t>(t) * l.experts, room, room + l.experts,
-                               reinterpret_cast<uint8_t *>(room + 2 * l.experts),
+                               reinterpret_cast<int32_t *>(room + 2 * l.experts),
                                job.topk_ids + static_cast<int64_t>(t) * l.top_k,
                                job.topk_weights + static_cast<int64_t>(t) * l.top_k);
             });

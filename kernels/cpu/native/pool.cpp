@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -199,13 +200,20 @@ struct Arena {
     }
 };
 thread_local Arena arena;
+
+// What lies between the stages of a step is walked through in strides of many KB. In pages of 4 KB, attention of 4 prompts of
+// 128 tokens took 1.03 times as long (Zen 5).
+constexpr size_t HUGE_PAGE = 2 << 20;
 }  // namespace
 
 void *scratch(int which, size_t bytes) {
     if (arena.bytes[which] < bytes) {
         free(arena.memory[which]);
         bytes += bytes / 2;
-        if (posix_memalign(&arena.memory[which], 64, bytes)) abort();  // as any other failed allocation of a few MB
+        const bool large = bytes >= HUGE_PAGE;
+        // As any other failed allocation of a few MB.
+        if (posix_memalign(&arena.memory[which], large ? HUGE_PAGE : 64, bytes)) abort();
+        if (large) madvise(arena.memory[which], bytes, MADV_HUGEPAGE);
         arena.bytes[which] = bytes;
     }
     return arena.memory[which];
