@@ -25,7 +25,8 @@ INLINE void rows_of_block(const bf16 *cache, const int32_t *table, int page_size
     }
 }
 
-// Rows begin to end of a block, as lines to be fetched: as many of them as lie one after the other.
+// Rows begin to end of a block, as lines to be fetched: as many of them as lie one after the other, which is all where a page holds
+// whole blocks.
 INLINE Prefetch lines_of_rows(const bf16 *const *rows, int begin, int end, int width) {
     int row = begin;
     while (row < end && rows[row] && rows[row] == rows[begin] + static_cast<int64_t>(row - begin) * width) row++;

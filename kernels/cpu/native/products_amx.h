@@ -123,10 +123,11 @@ static void product(const bf16 *const *x, int rows, const Tiles &tiles, int kind
         Panel panel = {end - begin, block.data, block.step, block.next, 1.0f};
         alignas(64) uint8_t decoded[sizeof(bf16) * BLOCK * TILE * GROUP];
         if (kind == MORAY_E4M3) {
+            if (block.next) fetch({block.next, static_cast<int>(bytes / 64)});
             const Tiles bf16s = decoded_tiles(block, begin, end, decoded);
             panel.weights = bf16s.data;
             panel.step = bf16s.step;
-            panel.ahead = nullptr;  // fetched already
+            panel.ahead = nullptr;
             if (tiles.scales) panel.scale = tiles.scales[begin / BLOCK];
         }
         multiply_panel_of_all(x, rows, tiles.count, panel, begin, totals, row_stride);
