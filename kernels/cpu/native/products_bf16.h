@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int ROWS = 6;      // rows computed together: 24 sums, 6 pairs of activations and a pair of weights fill 31 registers
+constexpr int ROWS_OF_TWO = 10;  // the same of two tiles, as keys are: with 12 sums, the next product waits for each of them
 constexpr int DIRECT = 10;   // up to so many rows weights are decoded for every ROWS of them; more: once, into memory
 constexpr int PANEL = BLOCK;  // columns computed for all rows at a time, if those are many: 16 KB of bf16, in the first cache
 
@@ -43,13 +44,13 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
             const auto columns = [&](auto lines) __attribute__((always_inline)) {
                 for (int k = block; k < stop; k += 2, at += step, later += 64 * lines) {
                     Pair pair[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                     for (int r = 0; r < R; r++) pair[r] = pair_at(x[r] + k);
 #pragma GCC unroll 8
                     for (int t = 0; t < T; t++) {
                         const Pairs w = pairs_at(at + 64 * t);
                         if (t < lines) fetch(later + 64 * t);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                         for (int r = 0; r < R; r++) sum[r][t] = dot(sum[r][t], pair[r], w);
                     }
                 }
@@ -98,24 +99,39 @@ static void multiply_tiles(const bf16 *const *x, const Tiles &tiles, int begin, 
     }
 }
 
+// Two tiles of bf16 for R rows or fewer.
+template <int R>
+static void multiply_two(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
+                         int64_t row_stride, const uint8_t *later, int each) {
+    if (rows == R) return multiply<R, 2, MORAY_BF16>(x, tiles, begin, end, totals, row_stride, later, each);
+    if constexpr (R > 1) multiply_two<R - 1>(x, rows, tiles, begin, end, totals, row_stride, later, each);
+}
+
 // The same for any number of rows. `ahead` is fetched while bf16 is multiplied, but for a single row, for which the machine reads
 // ahead well enough by itself.
 template <int KIND>
 static void multiply_rows(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
                           int64_t row_stride, Prefetch ahead = {nullptr, 0}) {
-    const int steps = (end - begin) / 2, places = (rows + ROWS - 1) / ROWS * steps;
+    const bool two = KIND == MORAY_BF16 && tiles.count == 2;
+    const int most = two ? ROWS_OF_TWO : ROWS;
+    int parts = (rows + most - 1) / most;
+    const int steps = (end - begin) / 2, places = parts * steps;
     const int each = rows == 1 ? 0 : (ahead.lines + places - 1) / places;
-    while (rows > 0) {
+    for (; parts > 0; parts--) {
         const int fetching = ahead.lines > 0 ? each : 0;
         // The last two parts are even: one of a single row would use a sixth of the machine.
-        const int now = rows <= ROWS ? rows : rows < 2 * ROWS ? (rows + 1) / 2 : ROWS;
-        switch (now) {
-            case 6: multiply_tiles<6, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-            case 5: multiply_tiles<5, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-            case 4: multiply_tiles<4, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-            case 3: multiply_tiles<3, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-            case 2: multiply_tiles<2, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-            case 1: multiply_tiles<1, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+        const int now = parts > 2 ? most : (rows + parts - 1) / parts;
+        if (two) {
+            multiply_two<ROWS_OF_TWO>(x, now, tiles, begin, end, totals, row_stride, ahead.at, fetching);
+        } else {
+            switch (now) {
+                case 6: multiply_tiles<6, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+                case 5: multiply_tiles<5, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+                case 4: multiply_tiles<4, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+                case 3: multiply_tiles<3, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+                case 2: multiply_tiles<2, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+                case 1: multiply_tiles<1, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            }
         }
         x += now;
         totals += now * row_stride;
