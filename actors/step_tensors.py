@@ -66,7 +66,7 @@ def outcomes(chunks: SequenceOf[Chunk], logits: torch.Tensor, max_context: int) 
             continue
         count = 1 + len(chunk.drafts)
         tokens, reason = _kept(chunk, chosen[row : row + count], max_context)
-        found.append(Outcome(tokens, reason, _logprobs(chunk.sequence, logits[row:], tokens)))
+        found.append(Outcome(tokens, reason, _logprobs(chunk.sequence, logits, row, tokens)))
         row += count
     return found
 
@@ -109,13 +109,15 @@ def row_sampling(sequence: Sequence, number: int = 0) -> RowSampling:
     return RowSampling(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, len(sequence.tokens) + number)
 
 
-def _logprobs(sequence: Sequence, logits: torch.Tensor, tokens: SequenceOf[int]) -> list[TokenLogprobs] | None:
-    """Of tokens that the first rows of logits gave; None where the request did not ask for them."""
+def _logprobs(
+    sequence: Sequence, logits: torch.Tensor, first: int, tokens: SequenceOf[int]
+) -> list[TokenLogprobs] | None:
+    """Of tokens that rows of logits from the first on gave; None where the request did not ask for them."""
     count = sequence.request.sampling.logprobs
     if count is None or NOT_FINITE in tokens:
         return None
     described = []
-    for row, token in zip(logits, tokens, strict=False):
+    for row, token in zip(logits[first:], tokens, strict=False):
         distribution = row.log_softmax(-1)
         top = distribution.topk(min(count, row.shape[0]))
         described.append(TokenLogprobs(float(distribution[token]), top.indices.tolist(), top.values.tolist()))

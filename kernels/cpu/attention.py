@@ -124,7 +124,7 @@ class BatchTables:
         rotation = torch.empty((tokens, *rotations.shape[1:]), dtype=torch.float32)
         if loaded().place(
             *(lines.buffer_info()[0], len(lines) // 4, pages.buffer_info()[0], page_size),
-            *(rotations.data_ptr(), rotations.shape[0], rotations[0].numel()),
+            *(rotations.data_ptr(), rotations.shape[0], rotations.stride(0)),
             *(cache_rows.data_ptr(), rotation.data_ptr()),
         ):
             raise IndexError(f"positions past the {rotations.shape[0]} that there are: {list(segments)}")
