@@ -106,19 +106,23 @@ class BatchTables:
         """Of a batch.
 
         Args:
-            segments: together they cover its rows.
+            segments: one after the other they cover its rows.
             rotations: [positions, rope / 2, 2] contiguous fp32.
             page_size: positions a page.
             row: elements of a cached row.
 
         Raises:
-            IndexError: there is no rotation for a segment's positions.
+            IndexError: a segment has no pages, or there is no rotation, for its positions.
         """
         lines, pages, tokens = array("i"), array("i"), 0
         for segment in segments:
             if segment.length:
-                lines.extend((segment.start, segment.length, segment.position, len(pages)))
-                pages.extend(segment.pages(page_size))
+                assert segment.start == tokens, (segment.start, tokens)
+                lines.extend((tokens, segment.length, segment.position, len(pages)))
+                found = segment.pages(page_size)
+                if len(found) * page_size < segment.position + segment.length:
+                    raise IndexError(f"{len(found)} pages of {page_size} positions for {segment}")
+                pages.extend(found)
                 tokens += segment.length
         cache_rows = torch.empty(tokens, dtype=torch.int64)
         rotation = torch.empty((tokens, *rotations.shape[1:]), dtype=torch.float32)

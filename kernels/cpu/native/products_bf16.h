@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int ROWS = 6;      // rows computed together: 24 sums, 6 pairs of activations and a pair of weights fill 31 registers
+constexpr int ROWS = 6;  // rows computed together: 24 sums, 6 pairs of activations and a pair of weights fill 31 registers
 constexpr int ROWS_OF_TWO = 10;  // the same of two tiles, as keys are: with 12 sums, the next product waits for each of them
-constexpr int DIRECT = 10;   // up to so many rows weights are decoded for every ROWS of them; more: once, into memory
+constexpr int DIRECT = 10;  // up to so many rows weights are decoded for every ROWS of them; more: once, into memory
 constexpr int PANEL = BLOCK;  // columns computed for all rows at a time, if those are many: 16 KB of bf16, in the first cache
 
 // totals[r][t][16] += x[r] . tile[t], columns begin to end (begin a multiple of BLOCK); data points at column `begin`. Of e4m3

@@ -72,6 +72,11 @@ def test_where_tokens_stand(page_size: int) -> None:
     assert torch.equal(found.rotation, rotations[positions])
 
 
+def test_a_position_without_a_page() -> None:
+    with pytest.raises(IndexError, match="2 pages of 8 positions"):
+        BatchTables.of_segments([Segment(0, 1, 16, [5, 7])], torch.randn(200, 16, 2), page_size=8, row=576)
+
+
 @pytest.mark.parametrize(("length", "position"), [(1, 200), (70, 131)])
 def test_a_position_past_the_last_one(length: int, position: int) -> None:
     with pytest.raises(IndexError, match="positions past the 200"):
