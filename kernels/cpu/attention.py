@@ -114,6 +114,7 @@ class BatchTables:
         Raises:
             IndexError: a segment has no pages, or there is no rotation, for its positions.
         """
+        assert rotations.is_contiguous(), rotations.stride()
         lines, pages, tokens = array("i"), array("i"), 0
         for segment in segments:
             if segment.length:

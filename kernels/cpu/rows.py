@@ -30,6 +30,8 @@ def rows_of(table: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`kernels.rms_norm.rms_norm` of x [R, H] in bf16, with the order of sums that the layers' norms have; row-invariant."""
     assert x.dtype == weight.dtype == torch.bfloat16, (x.dtype, weight.dtype)
+    assert weight.shape == x.shape[1:], (weight.shape, x.shape)
+    assert weight.is_contiguous(), weight.stride()
     x = x.contiguous()
     out = torch.empty_like(x)
     loaded().rms_norm(x.data_ptr(), x.shape[0], x.shape[1], weight.data_ptr(), eps, out.data_ptr())

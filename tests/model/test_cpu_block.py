@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from moray.kernels.attention_plan import Segment
 from moray.kernels.cpu.library import Instructions, NativeLibrary
 from moray.kernels.cpu.matrix import linear as packed_linear
+from moray.kernels.cpu.matrix import pack
 from moray.kernels.experts import MlpWeights
 from moray.kernels.gate import select_experts_reference
 from moray.kernels.packed import PackedWeight
@@ -214,6 +216,37 @@ def test_the_gate_chooses_as_its_definition_says(instructions: NativeLibrary, mo
     same = (ids == expected_ids).all(-1)
     assert same.float().mean() > 0.95
     torch.testing.assert_close(weights[same], expected[same], rtol=1e-5, atol=0.0)
+
+
+def test_the_gate_chooses_the_same_of_equals_and_of_what_is_no_number(
+    instructions: NativeLibrary, model: Model
+) -> None:
+    """All scores are equal, so that the biases alone decide: many of them equal, some NaN, infinite, or 0 of either sign."""
+    transformer, c = model.transformer(), model.config
+    layer = c.first_k_dense_replace
+    weights = model.weights.blocks[layer]
+    assert weights.gate is not None
+    zeros = pack(torch.zeros(c.n_routed_experts, c.hidden_size, dtype=torch.bfloat16))
+    generator = torch.Generator().manual_seed(2)
+    special = torch.tensor([0.0, -0.0, 0.0, 1.0, -1.0, -0.5, math.inf, -math.inf, math.nan])
+    positions = transformer.positions([Segment(0, 1, 0, [0])])
+    hidden = torch.randn(1, c.hidden_size, generator=generator).bfloat16()
+    for _ in range(100):
+        bias = special[torch.randint(len(special), (c.n_routed_experts,), generator=generator)]
+        gate = replace(weights.gate, weight=zeros, correction_bias=bias)
+        block = transformer.block(layer, replace(weights, gate=gate), LocalExperts(model.experts))
+        _, ids, _ = block.attention(hidden.clone(), positions, transformer.cache[layer])  # type: ignore[attr-defined]
+        expected, _ = select_experts_reference(
+            torch.zeros(1, c.n_routed_experts),
+            top_k=c.num_experts_per_tok,
+            scoring=c.scoring_func,
+            correction_bias=bias,
+            groups=c.n_group,
+            kept_groups=c.topk_group,
+            normalise=c.norm_topk_prob,
+            scale=c.routed_scaling_factor,
+        )
+        assert torch.equal(ids, expected), bias.tolist()
 
 
 def test_packed_weights_need_bf16_pages() -> None:

@@ -25,12 +25,16 @@ INLINE void rows_of_block(const bf16 *cache, const int32_t *table, int page_size
     }
 }
 
-// Rows begin to end of a block, as lines to be fetched: as many of them as lie one after the other, which is all where a page holds
-// whole blocks.
+// Rows begin to end of a block, as lines to be fetched: those that lie one after the other, which are all where a page holds whole
+// blocks. The others are asked for at once.
 INLINE Prefetch lines_of_rows(const bf16 *const *rows, int begin, int end, int width) {
+    const auto lines = [&](int row, int count) -> Prefetch {
+        return {reinterpret_cast<const uint8_t *>(rows[row]), count * width / 32};
+    };
     int row = begin;
     while (row < end && rows[row] && rows[row] == rows[begin] + static_cast<int64_t>(row - begin) * width) row++;
-    return {reinterpret_cast<const uint8_t *>(rows[begin]), (row - begin) * width / 32};
+    for (int other = row; other < end && rows[other]; other++) fetch(lines(other, 1));
+    return lines(begin, row - begin);
 }
 
 // One piece of work: queries and heads of one sequence.
@@ -56,7 +60,7 @@ INLINE void first_rows(const AttentionJob &job, const Piece &piece, const bf16 *
 INLINE void fetch_first_rows(const AttentionJob &job, const Piece &piece) {
     const bf16 *rows[KEYS];
     first_rows(job, piece, rows);
-    for (int row = 0; row < KEYS && rows[row]; row++) fetch(lines_of_rows(rows, row, row + 1, job.batch->row));
+    fetch(lines_of_rows(rows, 0, KEYS, job.batch->row));
 }
 
 // `next`: the piece after it, whose first keys are fetched; or NULL.
@@ -96,7 +100,7 @@ static void attend(const AttentionJob &job, const Piece &piece, const Piece *nex
 
     // Rows past the last query may hold anything, NaN included: they are zeros here, and masked below.
     const bf16 *blocks[2][KEYS];
-    rows_of_block(job.cache, table, batch.page_size, width, 0, last_position, blocks[0]);
+    first_rows(job, piece, blocks[0]);
     for (int key = 0; key <= last_position; key += KEYS) {
         const bf16 **row = blocks[key / KEYS % 2], **later = blocks[(key / KEYS + 1) % 2];
         if (key + KEYS <= last_position || !next)

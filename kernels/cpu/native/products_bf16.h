@@ -88,23 +88,12 @@ INLINE void multiply(const bf16 *const *x, const Tiles &tiles, int begin, int en
     }
 }
 
-template <int R, int KIND>
-static void multiply_tiles(const bf16 *const *x, const Tiles &tiles, int begin, int end, float *totals, int64_t row_stride,
-                           const uint8_t *later, int each) {
-    switch (tiles.count) {
-        case 4: return multiply<R, 4, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
-        case 3: return multiply<R, 3, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
-        case 2: return multiply<R, 2, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
-        case 1: return multiply<R, 1, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
-    }
-}
-
-// Two tiles of bf16 for R rows or fewer.
-template <int R>
-static void multiply_two(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
-                         int64_t row_stride, const uint8_t *later, int each) {
-    if (rows == R) return multiply<R, 2, MORAY_BF16>(x, tiles, begin, end, totals, row_stride, later, each);
-    if constexpr (R > 1) multiply_two<R - 1>(x, rows, tiles, begin, end, totals, row_stride, later, each);
+// For `rows` rows, at most R.
+template <int R, int T, int KIND>
+static void multiply_some(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
+                          int64_t row_stride, const uint8_t *later, int each) {
+    if (rows == R) return multiply<R, T, KIND>(x, tiles, begin, end, totals, row_stride, later, each);
+    if constexpr (R > 1) multiply_some<R - 1, T, KIND>(x, rows, tiles, begin, end, totals, row_stride, later, each);
 }
 
 // The same for any number of rows. `ahead` is fetched while bf16 is multiplied, but for a single row, for which the machine reads
@@ -112,8 +101,8 @@ static void multiply_two(const bf16 *const *x, int rows, const Tiles &tiles, int
 template <int KIND>
 static void multiply_rows(const bf16 *const *x, int rows, const Tiles &tiles, int begin, int end, float *totals,
                           int64_t row_stride, Prefetch ahead = {nullptr, 0}) {
-    const bool two = KIND == MORAY_BF16 && tiles.count == 2;
-    const int most = two ? ROWS_OF_TWO : ROWS;
+    constexpr int OF_TWO = KIND == MORAY_BF16 ? ROWS_OF_TWO : ROWS;
+    const int most = tiles.count == 2 ? OF_TWO : ROWS;
     int parts = (rows + most - 1) / most;
     const int steps = (end - begin) / 2, places = parts * steps;
     const int each = rows == 1 ? 0 : (ahead.lines + places - 1) / places;
@@ -121,17 +110,11 @@ static void multiply_rows(const bf16 *const *x, int rows, const Tiles &tiles, in
         const int fetching = ahead.lines > 0 ? each : 0;
         // The last two parts are even: one of a single row would use a sixth of the machine.
         const int now = parts > 2 ? most : (rows + parts - 1) / parts;
-        if (two) {
-            multiply_two<ROWS_OF_TWO>(x, now, tiles, begin, end, totals, row_stride, ahead.at, fetching);
-        } else {
-            switch (now) {
-                case 6: multiply_tiles<6, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-                case 5: multiply_tiles<5, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-                case 4: multiply_tiles<4, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-                case 3: multiply_tiles<3, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-                case 2: multiply_tiles<2, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-                case 1: multiply_tiles<1, KIND>(x, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
-            }
+        switch (tiles.count) {
+            case 4: multiply_some<ROWS, 4, KIND>(x, now, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 3: multiply_some<ROWS, 3, KIND>(x, now, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 2: multiply_some<OF_TWO, 2, KIND>(x, now, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
+            case 1: multiply_some<ROWS, 1, KIND>(x, now, tiles, begin, end, totals, row_stride, ahead.at, fetching); break;
         }
         x += now;
         totals += now * row_stride;
