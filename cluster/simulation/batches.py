@@ -11,6 +11,7 @@ from ...actors.scheduler import Chunk, Scheduler
 from ...actors.step_tensors import finish_reason
 from ...model.pages import PagePool
 from ...model.sampling import SamplingParams
+from ...model.transformer import SPARED_ROWS
 from .trace import Arrival
 
 _PREFIXES_FROM = 1 << 31
@@ -41,7 +42,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a step computes; see `CostModel` for the meaning of each."""
+    """What a step computes; see `CostModel` for the meaning of each.
+
+    Attributes:
+        sampled_positions: of the sampled rows alone, the sum of the positions each attends to.
+        sampled_longest: the most that one of them attends to.
+    """
 
     tokens: int
     decoding: int
@@ -49,6 +55,20 @@ class StepWork:
     kv_positions: int
     kv_rows: int
     longest: int
+    sampled_positions: int
+    sampled_longest: int
+
+    @classmethod
+    def of_single_tokens(cls, count: int, positions: int, longest: int) -> StepWork:
+        """Of `count` sequences with a token each, which attend to so many positions in all, and at most so many."""
+        return cls(count, count, count, positions, positions, longest, positions, longest)
+
+    @property
+    def last(self) -> StepWork:
+        """What the last layer computes: where many tokens are not sampled, only those that are."""
+        if self.tokens - self.sampled < SPARED_ROWS:
+            return self
+        return self.of_single_tokens(self.sampled, self.sampled_positions, self.sampled_longest)
 
     def halves(self) -> tuple[StepWork, ...]:
         """As two micro-batches; one where there is only one token."""
@@ -61,6 +81,8 @@ class StepWork:
             self.kv_positions // 2,
             self.kv_rows // 2,
             self.longest,
+            self.sampled_positions // 2,
+            self.sampled_longest,
         )
         larger = StepWork(
             self.tokens - smaller.tokens,
@@ -69,6 +91,8 @@ class StepWork:
             self.kv_positions - smaller.kv_positions,
             self.kv_rows - smaller.kv_rows,
             self.longest,
+            self.sampled_positions - smaller.sampled_positions,
+            self.sampled_longest,
         )
         return larger, smaller
 
@@ -89,7 +113,7 @@ class Batches:
 
     Attributes:
         pool, scheduler: the real ones.
-        routed_tokens: computed so far; each was sent to its experts in every layer.
+        routed_tokens: computed so far; each counts as sent to its experts in every layer, the last one included.
         steps: so far.
     """
 
@@ -156,7 +180,7 @@ class Batches:
         return work
 
     def _work(self) -> StepWork:
-        tokens = decoding = sampled = positions = rows = longest = 0
+        tokens = decoding = sampled = positions = rows = longest = sampled_positions = sampled_longest = 0
         for chunk in self._chunks:
             end = chunk.start + chunk.length
             request = self._requests[chunk.sequence.request.request_id]
@@ -167,11 +191,14 @@ class Batches:
                 continue
             tokens += count
             decoding += count == 1
-            sampled += chunk.samples
+            if chunk.samples:
+                sampled += 1
+                sampled_positions += end
+                sampled_longest = max(sampled_longest, end)
             positions += count * begin + count * (count + 1) // 2
             rows += end
             longest = max(longest, end)
-        return StepWork(tokens, decoding, sampled, positions, rows, longest)
+        return StepWork(tokens, decoding, sampled, positions, rows, longest, sampled_positions, sampled_longest)
 
     def finish_step(self, now: float) -> list[Output]:
         """The step was computed by `now`: its tokens, in the order of arrival."""

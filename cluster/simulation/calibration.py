@@ -24,6 +24,7 @@ from ...configs.errors import ConfigError
 from ...kernels.cpu.library import set_threads
 from ..assembly import checkpoint_path, compute, router_settings
 from ..threads import given_threads, threads_here
+from .batches import StepWork
 from .cpu_costs import ALONE, Calibration, CpuConstants, CpuCosts, Machine
 from .parts_timing import Parts, Sample, layer_samples, link_samples, shared_samples, step_samples
 
@@ -112,25 +113,25 @@ def _alone(parts: Parts) -> tuple[CpuConstants, dict[str, float]]:
         if samples:
             fitted, found[name] = fit(samples)
             constants = replace(constants, **fitted)
-    costs, layers, moe = (
-        CpuCosts(constants, page_size=parts.settings.page_size),
-        parts.config.num_hidden_layers,
-        len(parts.config.moe_layers),
-    )
-    fitted, found["step"] = fit(
-        step_samples(
-            parts,
-            lambda tokens, positions, rows, longest: (
-                layers * costs.router_layer(tokens, positions, rows, longest) + moe * costs.shared_experts(tokens)
-            ),
-        )
-    )
+    costs = CpuCosts(constants, page_size=parts.settings.page_size)
+    fitted, found["step"] = fit(step_samples(parts, lambda work: _layers_s(costs, parts, work, work.last)))
     constants = replace(constants, **fitted)
     links = link_samples(parts)
     for name, samples in (("router's links", links.router), ("host", links.host)):
         fitted, found[name] = fit(samples)
         constants = replace(constants, **fitted)
     return constants, found
+
+
+def _layers_s(costs: CpuCosts, parts: Parts, work: StepWork, last: StepWork) -> float:
+    """CPU seconds of a router in all layers of a step, of which the last, one with experts, computes something else."""
+
+    def layer(of: StepWork) -> float:
+        return costs.router_layer(of.tokens, of.kv_positions, of.kv_rows, of.longest)
+
+    layers, moe = parts.config.num_hidden_layers - 1, len(parts.config.moe_layers) - 1
+    above = layer(last) + costs.shared_experts(last.tokens)
+    return layers * layer(work) + moe * costs.shared_experts(work.tokens) + above
 
 
 _STEP = ("step", "step_token", "step_row", "admission")
@@ -169,7 +170,8 @@ def served_constants(
         host_cpu = (run.host_cpu - idle.host_cpu / idle.seconds * run.seconds) / steps
         served = {"step": 1.0, "step_row": run.tokens / steps, "admission": run.requests / steps}
         routers.append((_times(router_s, crowd) | served, router_cpu))
-        pairs = len(parts.config.moe_layers) * (run.tokens + run.prompts) / steps * parts.config.num_experts_per_tok
+        moe, top_k = len(parts.config.moe_layers), parts.config.num_experts_per_tok
+        pairs = (moe * run.tokens + (moe - 1) * run.prompts) / steps * top_k
         hosts.append((_times(host_s, crowd) | {"host_pair": pairs}, host_cpu))
     front, missed_front = fit(fronts)
     router, missed_router = fit(routers)
@@ -211,32 +213,38 @@ def _expected(run: ServedRun, alone: CpuConstants, parts: Parts) -> tuple[float,
     """CPU seconds of a router, and of all hosts, in a mean step of a run, if they cost what they do alone."""
     config, item = parts.config, parts.compute.dtype.itemsize
     costs = CpuCosts(alone, page_size=parts.settings.page_size)
-    layers, moe, top_k, experts = (
-        config.num_hidden_layers,
-        len(config.moe_layers),
-        config.num_experts_per_tok,
-        config.n_routed_experts,
-    )
-    rows, prompts = run.tokens / run.steps, run.prompts / run.steps
-    decoding = max(0.0, rows - run.requests / run.steps)
+    moe, top_k, experts = len(config.moe_layers), config.num_experts_per_tok, config.n_routed_experts
+    rows, prompts, begun = run.tokens / run.steps, run.prompts / run.steps, run.requests / run.steps
+    decoding = max(0.0, rows - begun)
     tokens = decoding + prompts
     context = run.prompt + run.answer / 2
     # The one of several that has come furthest: of n evenly spread over an answer, n / (n + 1) of it.
     longest = run.prompt + run.answer * max(1.0, decoding) / (max(1.0, decoding) + 1)
     read = decoding * context + prompts
     positions = decoding * context + prompts * run.prompt / 2
+    sampled = decoding * context + begun * run.prompt
     # Means are no whole numbers, and what is begun in a step far less than one request.
-    router_s = (
-        alone.step + alone.step_token * tokens + alone.step_row * rows + alone.admission * run.requests / run.steps
+    router_s = alone.step + alone.step_token * tokens + alone.step_row * rows + alone.admission * begun
+    last = StepWork.of_single_tokens(round(rows), round(sampled), round(longest))
+    work = StepWork(
+        tokens=round(tokens),
+        decoding=round(decoding),
+        sampled=round(rows),
+        kv_positions=round(positions),
+        kv_rows=round(read),
+        longest=round(longest),
+        sampled_positions=round(sampled),
+        sampled_longest=round(longest),
     )
-    router_s += layers * costs.router_layer(round(tokens), round(positions), round(read), round(longest))
-    router_s += moe * costs.shared_experts(round(tokens))
-    pairs, sent_rows = tokens * top_k, tokens * run.hosts * (1 - (1 - 1 / run.hosts) ** top_k)
+    router_s += _layers_s(costs, parts, work, last)
     row_bytes = config.hidden_size * item
-    there = costs.exchange(round(sent_rows * row_bytes), 0, run.hosts)
-    router_s += moe * (there + costs.exchange(0, round(pairs * row_bytes), run.hosts))
-    touched = experts * (1 - (1 - top_k / experts) ** tokens)
-    host_s = moe * run.hosts * costs.host_layer(round(pairs / run.hosts), round(touched / run.hosts))
+    host_s = 0.0
+    for layers, routed in ((moe - 1, tokens), (1, rows)):
+        pairs, sent_rows = routed * top_k, routed * run.hosts * (1 - (1 - 1 / run.hosts) ** top_k)
+        there = costs.exchange(round(sent_rows * row_bytes), 0, run.hosts)
+        router_s += layers * (there + costs.exchange(0, round(pairs * row_bytes), run.hosts))
+        touched = experts * (1 - (1 - top_k / experts) ** routed)
+        host_s += layers * run.hosts * costs.host_layer(round(pairs / run.hosts), round(touched / run.hosts))
     return router_s, host_s
 
 

@@ -42,6 +42,7 @@ from ...model.transformer import ForwardBatch, Transformer
 from ...model.weights import RouterWeights, router_weights
 from ..assembly import host_name
 from ..placement import next_placement
+from .batches import StepWork
 from .cpu_costs import pages
 
 Sample = tuple[Mapping[str, float], float]
@@ -187,11 +188,11 @@ def shared_samples(parts: Parts) -> list[Sample]:
     return [({"shared": 1.0, "shared_token": n}, _shared_seconds(shared, n, parts)) for n in counts]
 
 
-def step_samples(parts: Parts, layers_s: Callable[[int, int, int, int], float]) -> list[Sample]:
+def step_samples(parts: Parts, layers_s: Callable[[StepWork], float]) -> list[Sample]:
     """Steps of a whole router outside its layers: with scheduling, embedding, head, sampling and what is sent to a front.
 
     Args:
-        layers_s: seconds of all layers for (tokens, positions, rows, longest).
+        layers_s: seconds of all layers for what a step computes.
     """
     samples: list[Sample] = []
     for count in (1, 4, 16, 48):
@@ -204,7 +205,7 @@ def step_samples(parts: Parts, layers_s: Callable[[int, int, int, int], float]) 
             router.step()
         seconds = cpu_seconds(router.step)
         at = context + _REPEATS // 2
-        outside = seconds - layers_s(count, count * at, count * at, at)
+        outside = seconds - layers_s(StepWork.of_single_tokens(count, count * at, at))
         samples.append(({"step": 1.0, "step_token": count, "step_row": count}, max(1e-6, outside)))
     for length in (64, 256):
         router, numbers = _router(parts), itertools.count()
@@ -214,7 +215,8 @@ def step_samples(parts: Parts, layers_s: Callable[[int, int, int, int], float]) 
             router.submit(_request(parts, f"{number}", number, length, answer=1), _ignored)
             router.step()
 
-        outside = cpu_seconds(prompt) - layers_s(length, length * (length + 1) // 2, length, length)
+        work = StepWork(length, 0, 1, length * (length + 1) // 2, length, length, length, length)
+        outside = cpu_seconds(prompt) - layers_s(work)
         samples.append(({"step": 1.0, "step_token": length, "step_row": 1, "admission": 1}, max(1e-6, outside)))
     return samples
 

@@ -345,8 +345,11 @@ def test_what_processes_cost_more_together_is_told_by_servers_of_several_sizes(p
         (3, 9, 900, 10, 90, 5),
     ):
         times = 1.5 + 0.3 * (hosts - 1)
-        rows = round((tokens - requests) / steps * (prompt + 25))
-        router = steps * layers * rows * 1e-6 * times + steps * 1e-3 + tokens * 2e-5 + requests * 5e-4
+        decoded = (tokens - requests) / steps * (prompt + 25)
+        rows = (layers - 1) * round(decoded) + round(
+            decoded + requests / steps * prompt
+        )  # the last layer: of what is sampled
+        router = steps * rows * 1e-6 * times + steps * 1e-3 + tokens * 2e-5 + requests * 5e-4
         host = steps * moe * hosts * 1e-4 * times
         runs.append(ServedRun(10.0, 1, hosts, streams, prompt, 50, steps, tokens, 0, requests, router, host, 0.1))
     constants, missed = served_constants(alone, parts, idle, runs)

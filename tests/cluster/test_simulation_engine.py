@@ -59,6 +59,25 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
     assert result.itl.longest == PLAIN.one_step
 
 
+@pytest.mark.parametrize("budget", [64, 32])
+def test_the_last_layer_is_computed_for_the_tokens_that_are_sampled_alone(budget: int) -> None:
+    class ForEachToken(PlainCosts):
+        def router_layer(self, tokens: int, kv_positions: int, kv_rows: int, longest: int) -> float:
+            return tokens / 1024
+
+        def shared_experts(self, tokens: int) -> float:
+            return tokens / 256  # longer than what it is beside
+
+    costs = ForEachToken(host=1 / 8192)
+    result = run(small_site(costs=costs, token_budget=budget), Listed([Arrival(0.0, 64, 1)]))
+    chunks = 64 // budget
+    below = (DENSE_LAYERS + MOE_LAYERS - 1) * 64 / 1024 + (MOE_LAYERS - 1) * 64 / 256
+    # The links and the host are hidden by the shared experts, but for those of one token.
+    last = 1 / 1024 + max(1 / 256, 2 * costs.way + costs.host)
+    assert result.ttft.longest == chunks * costs.step + below + last
+    assert result.steps == chunks
+
+
 @pytest.mark.parametrize("cores", [1.0, 2.0, 64.0])
 def test_on_shared_cores_the_exchange_is_the_routers_work_too(cores: float) -> None:
     costs = PlainCosts(cores=cores, wake_s=1 / 2048)
@@ -82,8 +101,8 @@ def test_routers_wait_for_each_other_at_the_hosts() -> None:
 
 def test_two_micro_batches_hide_the_exchange() -> None:
     costs = PlainCosts(way=1 / 128)
-    plain = run(small_site(costs=costs), Listed([Arrival(0.0, 64, 1)])).ttft.longest
-    overlapped = run(small_site(costs=replace(costs, overlap=True)), Listed([Arrival(0.0, 64, 1)])).ttft.longest
+    plain = run(small_site(costs=costs), Listed([Arrival(0.0, 8, 1)])).ttft.longest
+    overlapped = run(small_site(costs=replace(costs, overlap=True)), Listed([Arrival(0.0, 8, 1)])).ttft.longest
     # Twice the layers of the router and the hosts, as each half costs what the whole does here, but the links but once.
     assert overlapped < 2 * (plain - costs.step)
     assert overlapped > plain
