@@ -64,11 +64,17 @@ class StepWork:
         return cls(count, count, count, positions, positions, longest, positions, longest)
 
     @property
-    def last(self) -> StepWork:
-        """What the last layer computes: where many tokens are not sampled, only those that are."""
-        if self.tokens - self.sampled < SPARED_ROWS:
-            return self
+    def sampled_alone(self) -> StepWork:
+        """The same for the sampled rows, without the others."""
         return self.of_single_tokens(self.sampled, self.sampled_positions, self.sampled_longest)
+
+    @property
+    def last(self) -> StepWork:
+        """What the last layer computes: where many tokens are not sampled, only those that are.
+
+        The others' keys, which it writes to the cache, are not counted: a small part of attention.
+        """
+        return self if self.tokens - self.sampled < SPARED_ROWS else self.sampled_alone
 
     def halves(self) -> tuple[StepWork, ...]:
         """As two micro-batches; one where there is only one token."""

@@ -225,7 +225,6 @@ def _expected(run: ServedRun, alone: CpuConstants, parts: Parts) -> tuple[float,
     sampled = decoding * context + begun * run.prompt
     # Means are no whole numbers, and what is begun in a step far less than one request.
     router_s = alone.step + alone.step_token * tokens + alone.step_row * rows + alone.admission * begun
-    last = StepWork.of_single_tokens(round(rows), round(sampled), round(longest))
     work = StepWork(
         tokens=round(tokens),
         decoding=round(decoding),
@@ -236,7 +235,8 @@ def _expected(run: ServedRun, alone: CpuConstants, parts: Parts) -> tuple[float,
         sampled_positions=round(sampled),
         sampled_longest=round(longest),
     )
-    router_s += _layers_s(costs, parts, work, last)
+    # Whether others are spared is a matter of each step, not of the mean: chunks of prompts are long enough for it.
+    router_s += _layers_s(costs, parts, work, work.sampled_alone)
     row_bytes = config.hidden_size * item
     host_s = 0.0
     for layers, routed in ((moe - 1, tokens), (1, rows)):

@@ -52,7 +52,7 @@ class Engine:
     Attributes:
         clock, machines, draws, costs, audience: see there.
         moe_layers, dense_layers: of the model.
-        blocks: draws of a step for the layers that all tokens go through.
+        blocks: draws of a step; a router by itself draws the last layer apart.
     """
 
     clock: VirtualTime
@@ -186,13 +186,12 @@ class _Pass:
 
     def __init__(self, router: SimulatedRouter, work: StepWork, engine: Engine) -> None:
         self._router = router
-        self._first = work
         self._engine = engine
         below, last = engine.moe_layers - 1, work.last
         blocks = min(engine.blocks, below)
         runs = [_Run(below / blocks, work)] * blocks if blocks else []
         self._runs = iter([*runs, _Run(1, last)] if last.tokens else runs)
-        self._run = _Run(0, work)  # none yet
+        self._run = _Run(engine.dense_layers, work)  # at first those without routed experts
         self._waits = 0
         self._draw: LayerDraw | None = None
         self._drawn_from = 0
@@ -202,8 +201,7 @@ class _Pass:
 
     def begin(self, seconds: float) -> None:
         """Start with `seconds` of the router's work outside the layers, and the layers without routed experts."""
-        dense = self._engine.dense_layers * self._attention_s(self._first)
-        self._next(seconds + dense)
+        self._next(seconds + self._run.layers * self._attention_s(self._run.work))
 
     def abort(self) -> None:
         """Nothing follows of what was begun."""

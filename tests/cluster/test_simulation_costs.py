@@ -346,9 +346,8 @@ def test_what_processes_cost_more_together_is_told_by_servers_of_several_sizes(p
     ):
         times = 1.5 + 0.3 * (hosts - 1)
         decoded = (tokens - requests) / steps * (prompt + 25)
-        rows = (layers - 1) * round(decoded) + round(
-            decoded + requests / steps * prompt
-        )  # the last layer: of what is sampled
+        # In the last layer what was decoded and what is sampled of prompts.
+        rows = (layers - 1) * round(decoded) + round(decoded + requests / steps * prompt)
         router = steps * rows * 1e-6 * times + steps * 1e-3 + tokens * 2e-5 + requests * 5e-4
         host = steps * moe * hosts * 1e-4 * times
         runs.append(ServedRun(10.0, 1, hosts, streams, prompt, 50, steps, tokens, 0, requests, router, host, 0.1))

@@ -101,6 +101,7 @@ def test_routers_wait_for_each_other_at_the_hosts() -> None:
 
 def test_two_micro_batches_hide_the_exchange() -> None:
     costs = PlainCosts(way=1 / 128)
+    # So few tokens that both halves go through the last layer.
     plain = run(small_site(costs=costs), Listed([Arrival(0.0, 8, 1)])).ttft.longest
     overlapped = run(small_site(costs=replace(costs, overlap=True)), Listed([Arrival(0.0, 8, 1)])).ttft.longest
     # Twice the layers of the router and the hosts, as each half costs what the whole does here, but the links but once.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moray.kernels.attention_plan import Segment
+from moray.kernels.cpu.attention import BatchTables
 from moray.kernels.cpu.library import Instructions, NativeLibrary
 from moray.kernels.cpu.matrix import linear as packed_linear
 from moray.kernels.cpu.matrix import pack
@@ -20,8 +21,9 @@ from moray.kernels.gate import select_experts_reference
 from moray.kernels.packed import PackedWeight
 from moray.model.compute import Compute
 from moray.model.config import ModelConfig
+from moray.model.cpu_block import CpuBlock
 from moray.model.loading import load_dense, load_experts, open_model
-from moray.model.moe import LocalExperts
+from moray.model.moe import GateWeights, LocalExperts
 from moray.model.reference import reference_logits
 from moray.model.testing import WeightDtype, write_random_checkpoint
 from moray.model.transformer import ForwardBatch, Transformer
@@ -191,27 +193,50 @@ def test_rows_that_nobody_may_see_are_not_read(model: Model) -> None:
     assert expected.isfinite().all()
 
 
+def through_gate(
+    model: Model, gate: GateWeights, hidden: torch.Tensor, pages: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of tokens [T, H] of one sequence, if this is the first gate: what it is given, and the experts and weights it chooses."""
+    transformer, layer = model.transformer(), model.config.first_k_dense_replace
+    block = transformer.block(layer, replace(model.weights.blocks[layer], gate=gate), LocalExperts(model.experts))
+    assert isinstance(block, CpuBlock)
+    positions = transformer.positions([Segment(0, len(hidden), 0, list(pages))])
+    assert isinstance(positions, BatchTables)
+    normed, ids, weights = block.attention(hidden, positions, transformer.cache[layer])
+    assert ids is not None
+    assert weights is not None
+    return normed, ids, weights
+
+
+def chosen_by_definition(
+    config: ModelConfig, logits: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return select_experts_reference(
+        logits,
+        top_k=config.num_experts_per_tok,
+        scoring=config.scoring_func,
+        correction_bias=bias,
+        groups=config.n_group,
+        kept_groups=config.topk_group,
+        normalise=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+
+
+def first_gate(model: Model) -> GateWeights:
+    gate = model.weights.blocks[model.config.first_k_dense_replace].gate
+    assert gate is not None
+    return gate
+
+
 def test_the_gate_chooses_as_its_definition_says(instructions: NativeLibrary, model: Model) -> None:
     """Scores may differ in the last bits of exp; ids where two are that near are not compared."""
-    transformer = model.transformer()
-    layer = model.config.first_k_dense_replace
-    block = transformer.block(layer, model.weights.blocks[layer], LocalExperts(model.experts))
-    gate = model.weights.blocks[layer].gate
-    assert gate is not None
+    gate = first_gate(model)
     assert isinstance(gate.weight, PackedWeight)
     hidden = torch.randn(50, model.config.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
-    positions = transformer.positions([Segment(0, 50, 0, list(range(7)))])
-    normed, ids, weights = block.attention(hidden, positions, transformer.cache[layer])  # type: ignore[attr-defined]
-    c = model.config
-    expected_ids, expected = select_experts_reference(
-        packed_linear(normed, gate.weight, torch.float32),
-        top_k=c.num_experts_per_tok,
-        scoring=c.scoring_func,
-        correction_bias=gate.correction_bias,
-        groups=c.n_group,
-        kept_groups=c.topk_group,
-        normalise=c.norm_topk_prob,
-        scale=c.routed_scaling_factor,
+    normed, ids, weights = through_gate(model, gate, hidden, range(7))
+    expected_ids, expected = chosen_by_definition(
+        model.config, packed_linear(normed, gate.weight, torch.float32), gate.correction_bias
     )
     same = (ids == expected_ids).all(-1)
     assert same.float().mean() > 0.95
@@ -222,30 +247,15 @@ def test_the_gate_chooses_the_same_of_equals_and_of_what_is_no_number(
     instructions: NativeLibrary, model: Model
 ) -> None:
     """All scores are equal, so that the biases alone decide: many of them equal, some NaN, infinite, or 0 of either sign."""
-    transformer, c = model.transformer(), model.config
-    layer = c.first_k_dense_replace
-    weights = model.weights.blocks[layer]
-    assert weights.gate is not None
-    zeros = pack(torch.zeros(c.n_routed_experts, c.hidden_size, dtype=torch.bfloat16))
+    gate, experts, width = first_gate(model), model.config.n_routed_experts, model.config.hidden_size
+    zeros = pack(torch.zeros(experts, width, dtype=torch.bfloat16))
     generator = torch.Generator().manual_seed(2)
     special = torch.tensor([0.0, -0.0, 0.0, 1.0, -1.0, -0.5, math.inf, -math.inf, math.nan])
-    positions = transformer.positions([Segment(0, 1, 0, [0])])
-    hidden = torch.randn(1, c.hidden_size, generator=generator).bfloat16()
+    hidden = torch.randn(1, width, generator=generator).bfloat16()
     for _ in range(100):
-        bias = special[torch.randint(len(special), (c.n_routed_experts,), generator=generator)]
-        gate = replace(weights.gate, weight=zeros, correction_bias=bias)
-        block = transformer.block(layer, replace(weights, gate=gate), LocalExperts(model.experts))
-        _, ids, _ = block.attention(hidden.clone(), positions, transformer.cache[layer])  # type: ignore[attr-defined]
-        expected, _ = select_experts_reference(
-            torch.zeros(1, c.n_routed_experts),
-            top_k=c.num_experts_per_tok,
-            scoring=c.scoring_func,
-            correction_bias=bias,
-            groups=c.n_group,
-            kept_groups=c.topk_group,
-            normalise=c.norm_topk_prob,
-            scale=c.routed_scaling_factor,
-        )
+        bias = special[torch.randint(len(special), (experts,), generator=generator)]
+        _, ids, _ = through_gate(model, replace(gate, weight=zeros, correction_bias=bias), hidden.clone(), [0])
+        expected, _ = chosen_by_definition(model.config, torch.zeros(1, experts), bias)
         assert torch.equal(ids, expected), bias.tolist()
 
 
