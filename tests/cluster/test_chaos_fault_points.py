@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import queue
 import re
@@ -81,11 +82,28 @@ class Cluster:
         )
         self._stack.insert(0, self.process.stop)
 
-    def ask(self, at: Callable[[int], None] = lambda count: None) -> list[int]:
-        """One greedy answer; `at` is called with every number of tokens that have come, from 1 on."""
+    def ask(
+        self,
+        at: Callable[[int], None] = lambda count: None,
+        *,
+        between_steps: Callable[[int], None] = lambda count: None,
+    ) -> list[int]:
+        """One greedy answer.
+
+        Args:
+            at: called with every number of tokens that have come, from 1 on; there may be more by then.
+            between_steps: the same in the router's thread, which goes on afterwards.
+        """
         arrived: queue.Queue[list[TokenOutput]] = queue.Queue()
         sampling = SamplingParams(TOKENS, temperature=0.0)
-        self.process._router.submit(GenerateRequest("r", PROMPT, sampling), arrived.put)
+        counts = itertools.count(1)
+
+        def take(outputs: list[TokenOutput]) -> None:
+            for _ in itertools.chain.from_iterable(output.token_ids for output in outputs):
+                between_steps(next(counts))
+            arrived.put(outputs)
+
+        self.process._router.submit(GenerateRequest("r", PROMPT, sampling), take)
         tokens: list[int] = []
         while True:
             (output,) = arrived.get(timeout=60)
@@ -168,13 +186,13 @@ def test_a_slow_host(cluster: Cluster, expected: list[int], monkeypatch: pytest.
 
     monkeypatch.setattr(host._faults, "delay", seen)
 
-    def at(count: int) -> None:
+    def between_steps(count: int) -> None:
         if count == 5:
             host.inject("slow-host", MAX_SECONDS, delay_s=0.02)
         if count == 20:
             host.inject("slow-host", 0)
 
-    assert cluster.ask(at) == expected
+    assert cluster.ask(between_steps=between_steps) == expected
     assert delayed == {False, True}
     assert not cluster.stats.broken_links
 
