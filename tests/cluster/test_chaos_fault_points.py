@@ -147,12 +147,14 @@ def test_a_host_that_breaks_its_links(fault: str, said: str, cluster: Cluster, e
     host = cluster.hosts[1]
     broken: set[str] = set()
 
-    def at(count: int) -> None:
-        if count == 5:
-            assert host.inject(fault, MAX_SECONDS, seed=3) == 1
-        broken.update(cluster.stats.broken_links)
+    injected: list[int] = []
 
-    assert cluster.ask(at) == expected
+    def between_steps(count: int) -> None:
+        if count == 5:
+            injected.append(host.inject(fault, MAX_SECONDS, seed=3))
+
+    assert cluster.ask(lambda _: broken.update(cluster.stats.broken_links), between_steps=between_steps) == expected
+    assert injected == [1]
     assert any(host.host_id in reason and re.search(said, reason) for reason in broken), broken
     assert not any("expert-host-0" in reason for reason in broken)
     host.inject(fault, 0)
